@@ -1,0 +1,48 @@
+# Each target makes .venv and installs what it needs; a second run starts at once.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu takes PyTorch's CPU wheel
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAGE ?= 1
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+.PHONY: demo learn test check bench format clean
+
+$(VENV)/base: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade "pip>=23"
+	$(BIN)/python -m pip install -q "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	touch $@
+
+# Installed again when the package or a kernel changes; warnings are errors here, not for users.
+$(VENV)/installed: $(VENV)/base pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
+	IV2_WERROR=ON $(BIN)/python -m pip install -q -e ".[demo,test,check]" "$(TORCH)"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/iv2 demo
+
+learn: $(VENV)/installed
+	$(BIN)/iv2 learn --stage $(STAGE)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed
+	$(BIN)/python -m bench
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build *.egg-info iv2kernels/_C*.so

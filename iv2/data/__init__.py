@@ -1,0 +1,1 @@
+"""Video data: lists, decoding, sampling, crops, batches, and the toy world."""

@@ -1,0 +1,452 @@
+"""The toy world: real mp4 files in which one coloured shape moves while a sound plays.
+
+The state of the shape is a point on a torus: column, row, angle and size, each in [0, 1) and each
+wrapping around. A motion adds a constant speed to one of the four coordinates. Every clip starts
+at a point drawn uniformly, and a uniform point shifted by a constant is uniform again: a frame
+taken anywhere in a clip has the same distribution under all eight motions. Opposite motions are
+each other's time reversal. The video is coded intra-only at a constant quantiser, so the codec
+adds no trace of the neighbouring frames either. Motion has to be read from several frames.
+
+A motion covers less than half a turn of its coordinate within a clip, so that the sign of the
+change is the same for every pair of frames and a small model can learn it in minutes.
+"""
+
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+# Raised whenever the same arguments would give other clips.
+VERSION = 1
+
+# Coordinate of (column, row, angle, size) that moves, and its sign. Rows grow downwards.
+MOTIONS: dict[str, tuple[int, int]] = {
+    "left": (0, -1),
+    "right": (0, 1),
+    "up": (1, -1),
+    "down": (1, 1),
+    "clockwise": (2, 1),
+    "counter-clockwise": (2, -1),
+    "growing": (3, 1),
+    "shrinking": (3, -1),
+}
+SHAPES = ("triangle", "arrow", "semicircle", "corner")
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.95, 0.18, 0.18),
+    "green": (0.20, 0.85, 0.30),
+    "blue": (0.25, 0.45, 1.00),
+    "yellow": (0.98, 0.90, 0.20),
+    "pink": (0.98, 0.40, 0.85),
+    "white": (0.97, 0.97, 0.97),
+}
+BACKGROUNDS = ("stripes", "checks", "dots", "clouds")
+TONES: dict[str, tuple[float, float, float]] = {
+    "navy": (0.12, 0.16, 0.32),
+    "forest": (0.12, 0.28, 0.17),
+    "brown": (0.30, 0.20, 0.13),
+    "grey": (0.24, 0.24, 0.25),
+}
+SOUNDS = ("beeps", "hum", "siren", "clicks", "hiss", "bell")
+
+# What is drawn for each clip, with the number of values; each is balanced over the clips.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "motion": tuple(MOTIONS),
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "background": BACKGROUNDS,
+    "tone": tuple(TONES),
+    "sound": SOUNDS,
+}
+
+SAMPLE_RATE = 16_000
+# Diameters as fractions of the frame; the size coordinate is logarithmic between them.
+SMALLEST, LARGEST = 0.25, 0.625
+# Part of its torus coordinate that a motion covers over the whole clip.
+TRAVEL = (0.32, 0.48)
+
+_TABLE = 256  # side of a shape's distance table
+_TABLE_HALF = 0.75  # the table covers [-_TABLE_HALF, _TABLE_HALF], in diameters
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip before it is rendered: names of the attributes, and the numbers behind them."""
+
+    attributes: dict[str, str]
+    start: tuple[float, float, float, float]  # column, row, angle, size, each in [0, 1)
+    travel: float  # part of the moving coordinate covered over the whole clip
+    contrast: float  # of the texture
+    caption: str
+    paraphrases: list[str]
+    audio_caption: str
+    audio_paraphrases: list[str]
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The attributes as class numbers."""
+        return {name: ATTRIBUTES[name].index(value) for name, value in self.attributes.items()}
+
+
+def _rng(seed: int, *stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *stream])))
+
+
+def draw_clip(seed: int, index: int) -> Clip:
+    """Draw clip `index` of the world `seed`; it does not depend on how many clips there are."""
+    attributes = {}
+    for stream, (name, values) in enumerate(ATTRIBUTES.items()):
+        # A fresh permutation of the values for each run of len(values) clips: balanced, and
+        # independent between attributes.
+        block, place = divmod(index, len(values))
+        order = np.argsort(_rng(seed, 1, stream, block).random(len(values)))
+        attributes[name] = values[int(order[place])]
+    rng = _rng(seed, 2, index)
+    column, row, angle, size, travel, contrast = (float(u) for u in rng.random(6))
+    caption, *paraphrases = _captions(_SEEN, attributes, rng)
+    audio_caption, *audio_paraphrases = _captions(_HEARD, attributes, rng)
+    return Clip(
+        attributes=attributes,
+        start=(column, row, angle, size),
+        travel=TRAVEL[0] + (TRAVEL[1] - TRAVEL[0]) * travel,
+        contrast=0.06 + 0.08 * contrast,
+        caption=caption,
+        paraphrases=paraphrases,
+        audio_caption=audio_caption,
+        audio_paraphrases=audio_paraphrases,
+    )
+
+
+# ---- pictures
+
+
+def states(clip: Clip, num_frames: int) -> Floats:  # [T, 4]
+    """Column, row, angle and size of the shape in each frame, in [0, 1)."""
+    axis, sign = MOTIONS[clip.attributes["motion"]]
+    state = np.tile(np.asarray(clip.start, np.float64), (num_frames, 1))
+    state[:, axis] += sign * clip.travel * np.arange(num_frames) / max(1, num_frames - 1)
+    return (state % 1.0).astype(np.float32)
+
+
+def _outline(shape: str) -> NDArray[np.float64]:  # [vertices, 2]
+    """Corners of a shape without rotational symmetry: (right, down) pairs."""
+    if shape == "triangle":
+        points = np.array([(0, -1.2), (0.75, 0.8), (-0.75, 0.8)])
+    elif shape == "arrow":
+        points = np.array(
+            [(0, -1), (0.8, 0), (0.32, 0), (0.32, 1), (-0.32, 1), (-0.32, 0), (-0.8, 0)]
+        )
+    elif shape == "semicircle":
+        turn = np.linspace(0, math.pi, 25)
+        points = np.stack([np.cos(turn), -np.sin(turn)], 1)
+    elif shape == "corner":
+        points = np.array([(-0.7, -1), (-0.1, -1), (-0.1, 0.4), (0.7, 0.4), (0.7, 1), (-0.7, 1)])
+    else:
+        raise ValueError(f"toyworld: shape must be one of {SHAPES}, got {shape!r}")
+    points = points - (points.max(0) + points.min(0)) / 2
+    return points / (2 * np.linalg.norm(points, axis=1).max())
+
+
+@lru_cache(maxsize=None)
+def _distance_table(shape: str) -> Floats:  # [_TABLE * _TABLE]
+    """Signed distance to the outline, in diameters, negative inside."""
+    points = _outline(shape)
+    axis = (np.arange(_TABLE) + 0.5) / _TABLE * 2 * _TABLE_HALF - _TABLE_HALF
+    right, down = np.meshgrid(axis, axis)
+    nearest = np.full(right.shape, np.inf)
+    inside = np.zeros(right.shape, bool)
+    for (ax, ay), (bx, by) in zip(points, np.roll(points, -1, 0), strict=True):
+        ex, ey = bx - ax, by - ay
+        along = np.clip(((right - ax) * ex + (down - ay) * ey) / (ex * ex + ey * ey), 0, 1)
+        nearest = np.minimum(nearest, np.hypot(right - ax - along * ex, down - ay - along * ey))
+        if ay != by:
+            crosses = (ay > down) != (by > down)
+            inside ^= crosses & (right < ax + (down - ay) * ex / ey)
+    return np.where(inside, -nearest, nearest).astype(np.float32).ravel()
+
+
+def _coverage(shape: str, state: Floats, size: int) -> Floats:  # [T, size, size]
+    """How much of each pixel the shape covers, in [0, 1], with wrap-around at the edges."""
+    pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
+    dx = (pixels - state[:, 0:1] + 0.5) % 1.0 - 0.5  # [T, size]
+    dy = (pixels - state[:, 1:2] + 0.5) % 1.0 - 0.5
+    diameter = SMALLEST * (LARGEST / SMALLEST) ** state[:, 3:4]
+    scale = _TABLE / (2 * _TABLE_HALF) / diameter
+    cos, sin = np.cos(2 * math.pi * state[:, 2:3]), np.sin(2 * math.pi * state[:, 2:3])
+    column = (scale * cos * dx)[:, None, :] + (scale * sin * dy)[:, :, None]
+    row = (scale * cos * dy)[:, :, None] - (scale * sin * dx)[:, None, :]
+    for index in (column, row):
+        index += _TABLE / 2
+        np.clip(index, 0, _TABLE - 1, out=index)
+    distance = _distance_table(shape).take(row.astype(np.int32) * _TABLE + column.astype(np.int32))
+    distance *= -size * diameter[:, :, None]
+    distance += 0.5
+    return np.clip(distance, 0, 1, out=distance)
+
+
+def _texture(kind: str, size: int, rng: np.random.Generator) -> Floats:  # [size, size]
+    """A static pattern in [-1, 1]; wavelengths are parts of the frame, not pixels."""
+    turn, period, phase_x, phase_y = rng.random(4)
+    axis = (np.arange(size) + 0.5) / size
+    x, y = np.meshgrid(axis, axis)
+    turn, period = turn * math.pi, 0.12 + 0.12 * period
+    u = np.sin(2 * math.pi * ((math.cos(turn) * x + math.sin(turn) * y) / period + phase_x))
+    v = np.sin(2 * math.pi * ((math.cos(turn) * y - math.sin(turn) * x) / period + phase_y))
+    if kind == "stripes":
+        pattern = np.clip(2 * u, -1, 1)
+    elif kind == "checks":
+        pattern = np.clip(4 * u * v, -1, 1)
+    elif kind == "dots":
+        pattern = np.clip(3 * (u + v) - 2, -1, 1)
+    elif kind == "clouds":
+        grid = 2 * rng.random((9, 9)) - 1
+        place = axis * 8
+        low = place.astype(int)
+        part = place - low
+        rows = grid[low] * (1 - part)[:, None] + grid[low + 1] * part[:, None]
+        pattern = rows[:, low] * (1 - part) + rows[:, low + 1] * part
+    else:
+        raise ValueError(f"toyworld: background must be one of {BACKGROUNDS}, got {kind!r}")
+    return pattern.astype(np.float32)
+
+
+def render(
+    clip: Clip, seed: int, index: int, *, size: int = 64, num_frames: int = 16
+) -> NDArray[np.uint8]:  # [T, size, size, 3]
+    """Draw the frames of one clip, before any compression."""
+    names = clip.attributes
+    rng = _rng(seed, 3, index)
+    light = (0.92 + 0.16 * rng.random(3)).astype(np.float32)
+    pattern = _texture(names["background"], size, rng)[..., None] * clip.contrast
+    back = np.float32(TONES[names["tone"]]) + pattern  # [size, size, 3]
+    front = np.float32(COLOURS[names["colour"]])
+    back, front = back * light * 255, np.clip(front * light, 0, 1) * 255
+    cover = _coverage(names["shape"], states(clip, num_frames), size)
+    frames = cover[..., None] * (front - back)
+    frames += back + np.float32(0.5)
+    return np.clip(frames, 0, 255, out=frames).astype(np.uint8)
+
+
+# ---- sounds
+
+
+def synthesise(
+    sound: str, seconds: float, rng: np.random.Generator, *, sample_rate: int = SAMPLE_RATE
+) -> Floats:  # [samples]
+    """One of the six sounds, mono, in [-1, 1]; pitch, phase, rate and loudness are drawn."""
+    pitch, phase, rate, loudness = rng.random(4)
+    t = np.arange(round(seconds * sample_rate)) / sample_rate
+    beat = (t * (2.5 + 2 * rate) + phase) % 1.0  # place within the current repetition
+    if sound == "beeps":
+        wave = np.sin(2 * math.pi * (800 + 500 * pitch) * t) * (beat < 0.4)
+    elif sound == "hum":
+        tone = 2 * math.pi * (90 + 60 * pitch) * t
+        wave = (np.sin(tone) + 0.6 * np.sin(2 * tone) + 0.4 * np.sin(3 * tone)) / 2
+    elif sound == "siren":
+        sweep = np.sin(2 * math.pi * (t * (0.7 + 0.6 * rate) + phase))
+        wave = np.sin(2 * math.pi * np.cumsum((700 + 300 * pitch) * 2**sweep) / sample_rate)
+    elif sound == "clicks":
+        wave = np.exp(-beat * 60) * (2 * rng.random(len(t)) - 1)
+    elif sound == "hiss":
+        wave = (2 * rng.random(len(t)) - 1) * 0.7
+    elif sound == "bell":
+        strike = (t * (0.8 + 0.4 * rate) + phase) % 1.0
+        partials = (1.0, 2.0, 2.4, 3.0, 4.2)
+        tones = [
+            np.sin(2 * math.pi * (350 + 250 * pitch) * p * t) * np.exp(-3 * p**0.5 * strike)
+            for p in partials
+        ]
+        wave = np.sum(tones, 0) / 3
+    else:
+        raise ValueError(f"toyworld: sound must be one of {SOUNDS}, got {sound!r}")
+    return np.clip(wave * (0.3 + 0.4 * loudness), -1, 1).astype(np.float32)
+
+
+# ---- words
+
+_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "shape": {
+        "triangle": ("triangle", "three-sided shape"),
+        "arrow": ("arrow", "pointer"),
+        "semicircle": ("semicircle", "half disc"),
+        "corner": ("corner", "L-shape"),
+    },
+    "colour": {
+        "red": ("red", "scarlet"),
+        "green": ("green", "emerald"),
+        "blue": ("blue", "azure"),
+        "yellow": ("yellow", "golden"),
+        "pink": ("pink", "magenta"),
+        "white": ("white", "snow-white"),
+    },
+    "background": {
+        "stripes": ("striped", "banded"),
+        "checks": ("checked", "chequered"),
+        "dots": ("dotted", "spotted"),
+        "clouds": ("cloudy", "blotchy"),
+    },
+    "tone": {
+        "navy": ("navy", "dark blue"),
+        "forest": ("forest green", "dark green"),
+        "brown": ("brown", "chestnut"),
+        "grey": ("grey", "slate"),
+    },
+    "motion": {
+        "left": ("moving left", "sliding to the left", "drifting leftwards"),
+        "right": ("moving right", "sliding to the right", "drifting rightwards"),
+        "up": ("moving up", "rising", "drifting upwards"),
+        "down": ("moving down", "sinking", "drifting downwards"),
+        "clockwise": ("turning clockwise", "rotating clockwise", "spinning to the right"),
+        "counter-clockwise": (
+            "turning counter-clockwise",
+            "rotating anticlockwise",
+            "spinning to the left",
+        ),
+        "growing": ("growing", "getting bigger", "expanding"),
+        "shrinking": ("shrinking", "getting smaller", "contracting"),
+    },
+    "sound": {
+        "beeps": ("repeated beeping", "short high beeps", "an electronic alarm that beeps"),
+        "hum": ("a low hum", "a deep steady drone", "an engine humming"),
+        "siren": ("a wailing siren", "a tone sweeping up and down", "a siren rising and falling"),
+        "clicks": ("rapid clicking", "a series of sharp clicks", "something that ticks"),
+        "hiss": ("a steady hiss", "white noise", "static that hisses"),
+        "bell": ("a ringing bell", "the chime of a bell", "a bell that rings and fades"),
+    },
+}
+_SEEN = (
+    "a {colour} {shape} {motion} over a {background} {tone} background",
+    "on a {tone} {background} backdrop there is a {colour} {shape} {motion}",
+    "a {shape} in {colour}, {motion}, with a {background} {tone} pattern behind it",
+    "we see a {colour} {shape} {motion} in front of a {tone} {background} wall",
+)
+_HEARD = ("{sound}", "the sound of {sound}", "{sound} can be heard", "we hear {sound}")
+
+
+def _captions(
+    templates: tuple[str, ...], attributes: dict[str, str], rng: np.random.Generator, num: int = 4
+) -> list[str]:
+    """`num` wordings of the same attributes, in a random order of the templates."""
+    captions = []
+    for template in np.argsort(rng.random(len(templates)))[:num]:
+        words = {}
+        for name, value in attributes.items():
+            choices = _WORDS[name][value]
+            words[name] = choices[int(rng.random() * len(choices))]
+        captions.append(templates[int(template)].format(**words))
+    return captions
+
+
+# ---- files
+
+
+def encode(
+    path: Path,
+    frames: NDArray[np.uint8],  # [T, H, W, 3]
+    sound: Floats,  # [samples]
+    *,
+    fps: int,
+    sample_rate: int = SAMPLE_RATE,
+) -> None:
+    """Write an mp4 file: H.264, intra-only at a constant quantiser, and AAC."""
+    with av.open(str(path), "w", format="mp4", options={"fflags": "bitexact"}) as container:
+        video = container.add_stream("libx264", rate=fps)
+        video.height, video.width = frames.shape[1:3]
+        video.pix_fmt = "yuv420p"
+        video.options = {"preset": "veryfast", "tune": "zerolatency", "qp": "20", "g": "1"}
+        video.thread_count = 1
+        audio = container.add_stream("aac", rate=sample_rate, layout="mono")
+        # A constant quantiser: the search for a constant bit rate costs three times as much.
+        audio.options = {"aac_coder": "fast", "flags": "+qscale", "global_quality": "236"}
+        audio.options |= {"aac_tns": "0", "aac_pns": "0"}
+        for frame in frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(video.encode())
+        block = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
+        block.sample_rate, block.pts = sample_rate, 0
+        resampler = av.AudioResampler("fltp", "mono", sample_rate, frame_size=1024)
+        for part in [*resampler.resample(block), *resampler.resample(None)]:
+            container.mux(audio.encode(part))
+        container.mux(audio.encode())
+
+
+def write_toyworld(
+    out: Path,
+    num: int,
+    seed: int,
+    *,
+    size: int = 64,
+    num_frames: int = 16,
+    fps: int = 8,
+    workers: int = 1,
+) -> Path:
+    """Write `num` clips and their list; the same arguments give the same clips and list.
+
+    Args:
+        out: Folder to write to. `list.jsonl` is written last: where it and a matching
+            `world.json` exist, nothing is done.
+        num: Number of clips. The first clips of a larger world are the same.
+        seed: Of the world; use another one for held-out clips.
+        size: Side of the frames, pixels.
+        num_frames: Frames in a clip.
+        fps: Frames per second; also sets how long the sound is.
+        workers: Threads that render and encode.
+
+    Returns:
+        The path of `list.jsonl`: one line per clip with `path` (relative), `caption` (what is
+        seen), `audio_caption` (what is heard), `paraphrases` and `audio_paraphrases` of both,
+        `attributes` by name, the same as class numbers in `labels`, and `label`, the motion's.
+
+    Raises:
+        ValueError: an argument is out of range.
+        FileExistsError: `out` holds another toy world.
+    """
+    limits = {"num": (num, 1), "size": (size, 16), "num_frames": (num_frames, 1), "fps": (fps, 1)}
+    for name, (value, least) in (limits | {"workers": (workers, 1)}).items():
+        if value < least:
+            raise ValueError(f"toyworld: {name} must be at least {least}, got {value}")
+    if size % 2:
+        raise ValueError(f"toyworld: size must be even, got {size}")
+    out = Path(out)
+    world = {"version": VERSION, "num": num, "seed": seed, "size": size}
+    world |= {"num_frames": num_frames, "fps": fps}
+    listing, header = out / "list.jsonl", out / "world.json"
+    if header.exists() and json.loads(header.read_text(encoding="utf-8")) != world:
+        raise FileExistsError(f"toyworld: {out} holds another toy world; give an empty folder")
+    if listing.exists() and header.exists():
+        return listing
+    (out / "videos").mkdir(parents=True, exist_ok=True)
+    _write_text(header, json.dumps(world) + "\n")
+
+    def make(index: int) -> dict[str, Any]:
+        clip = draw_clip(seed, index)
+        frames = render(clip, seed, index, size=size, num_frames=num_frames)
+        sound = synthesise(clip.attributes["sound"], num_frames / fps, _rng(seed, 4, index))
+        name = f"videos/{index:06d}.mp4"
+        encode(out / name, frames, sound, fps=fps)
+        row = asdict(clip)
+        drawn = {"start_state": row.pop("start"), "travel": row.pop("travel")}
+        del row["contrast"]
+        label = clip.labels["motion"]
+        return {"path": name, **row, "labels": clip.labels, "label": label, **drawn}
+
+    with ThreadPoolExecutor(workers) as pool:
+        rows = list(pool.map(make, range(num)))
+    _write_text(listing, "".join(json.dumps(row) + "\n" for row in rows))
+    return listing
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write whole or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

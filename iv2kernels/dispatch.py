@@ -1,0 +1,173 @@
+"""Which implementation of an op runs, and why.
+
+An op has up to four implementations: ``reference`` (plain PyTorch, autograd differentiates it),
+``native`` (csrc), ``triton``, and ``torch`` (a library call). The choice is, in this order: the
+``impl=`` argument, ``use(...)``, the environment variable ``IV2_IMPL``, and the first row of
+``PREFER`` that can run. A choice made by name never falls back: it raises when it cannot run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Impl = Literal["reference", "native", "triton", "torch"]
+
+_C_ERROR: str | None = None
+try:
+    from iv2kernels import _C
+except ImportError as error:  # a source tree that was not built, or an IV2_ISA this build lacks
+    _C_ERROR = f"iv2kernels._C could not be imported ({error}); build it with `pip install -e .`"
+
+# The fastest first, by device type; a row enters with the benchmark row that justifies it (bench/).
+PREFER: dict[str, dict[str, tuple[Impl, ...]]] = {
+    "add_rms_norm": {"cpu": ("native",)},
+    "attention": {"cpu": ("native",)},
+    "spatiotemporal_attention": {"cpu": ("native",)},
+    "linear": {"cpu": ("torch",)},
+    "mlp": {"cpu": ("native",)},
+    "patch_embed": {"cpu": ("native",)},
+    "gather_tokens": {"cpu": ("native",)},
+    "attention_pool": {"cpu": ("native",)},
+    "distill_loss": {"cpu": ("native",)},
+    "masks": {"cpu": ("native",)},
+    "resized_crop_normalize": {"cpu": ("native",)},
+}
+
+# Native kernels take these; float64 goes to the reference.
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Choice(threading.local):
+    impl: Impl | None = None
+
+
+_choice = _Choice()
+
+
+def _named(impl: str, where: str) -> Impl:
+    if impl not in get_args(Impl):
+        raise ValueError(f"{where} must be one of {', '.join(get_args(Impl))}, got {impl}")
+    return impl  # type: ignore[return-value]
+
+
+_ENV: Impl | None = (
+    _named(os.environ["IV2_IMPL"], "IV2_IMPL") if os.environ.get("IV2_IMPL") else None
+)
+
+
+@contextmanager
+def use(impl: Impl | None) -> Iterator[None]:
+    """Run every op in this thread with one implementation; ``use(None)`` restores the default.
+
+    Raises:
+        ValueError: impl is not the name of an implementation.
+    """
+    before = _choice.impl
+    _choice.impl = None if impl is None else _named(impl, "use: impl")
+    try:
+        yield
+    finally:
+        _choice.impl = before
+
+
+def _folder(impl: str) -> str:
+    # Not `torch`: a submodule of that name would shadow the library in this package.
+    return "library" if impl == "torch" else impl
+
+
+def _exists(op: str, impl: str) -> bool:
+    return importlib.util.find_spec(f"iv2kernels.{_folder(impl)}.{op}") is not None
+
+
+# Which modules this build has, read once: Dynamo can follow a dict, not an import.
+_HAS: dict[tuple[str, str], bool] = {
+    (op, impl): impl == "reference" or _exists(op, impl)
+    for op in PREFER
+    for impl in ("reference", "native", "torch")
+}
+_SCALAR_ONLY: list[bool] = [_C_ERROR is None and _C.isa() == "scalar"]
+
+
+def why_not(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
+    """The reason why an implementation cannot run on such a tensor, or None when it can."""
+    if impl == "reference":
+        return None
+    if not _HAS.get((op, impl), False):
+        return f"{op} has no implementation {impl} in this build"
+    if impl == "native" and _C_ERROR is not None:
+        return _C_ERROR
+    if device != "cpu":
+        return f"{op} has no {impl} kernel for {device} tensors in this build"
+    if dtype not in NATIVE_DTYPES and dtype not in (torch.uint8, torch.int64):
+        return f"{impl} {op} takes float32, bfloat16 or float16, got {dtype}"
+    return None
+
+
+def choose(op: str, x: Tensor, impl: Impl | None = None) -> Impl:
+    """The implementation that runs ``op`` on tensors like ``x``.
+
+    Raises:
+        ValueError: impl is not the name of an implementation.
+        RuntimeError: impl, or the choice of ``use`` or ``IV2_IMPL``, cannot run here.
+    """
+    asked = impl or _choice.impl or _ENV
+    if asked is not None:
+        reason = why_not(op, _named(asked, f"{op}: impl"), x.device.type, x.dtype)
+        if reason is not None:
+            raise RuntimeError(f"{op}: implementation {asked} cannot run: {reason}")
+        return asked
+    for candidate in PREFER[op].get(x.device.type, ()):
+        # The scalar build is for correctness; torch's own kernels are faster there.
+        if candidate == "native" and _SCALAR_ONLY[0]:
+            continue
+        if why_not(op, candidate, x.device.type, x.dtype) is None:
+            return candidate
+    return "reference"
+
+
+def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """Each implementation of ``op`` with "yes", or the reason why it cannot run.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    if op not in PREFER:
+        raise ValueError(f"available: op must be one of {', '.join(PREFER)}, got {op}")
+    return {name: why_not(op, name, device, dtype) or "yes" for name in get_args(Impl)}
+
+
+def set_isa(name: str) -> None:
+    """Switch the CPU kernels to another instruction set of this build (for tests and bench)."""
+    _C.set_isa(name)
+    _SCALAR_ONLY[0] = False  # a set chosen by name is used, also the scalar one
+
+
+_LIBRARY = torch.library.Library("iv2kernels", "DEF")
+
+
+def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register ``<op>_fwd`` or ``<op>_bwd`` with torch.library and return it.
+
+    The last argument of the schema is ``str impl``: the registered function calls the function of
+    the same name in ``iv2kernels/<impl>/<op>.py`` with the arguments before it.
+    """
+    name = schema.split("(")[0]
+    op = name.rsplit("_", 1)[0]
+
+    def run(*args: Any) -> Any:
+        module = importlib.import_module(f"iv2kernels.{_folder(args[-1])}.{op}")
+        return getattr(module, name)(*args[:-1])
+
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"iv2kernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.iv2kernels, name).default  # type: ignore[no-any-return]

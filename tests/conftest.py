@@ -1,0 +1,33 @@
+"""What every test has: two threads, a fixed seed, poisoned memory, and the paths of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import iv2kernels
+from iv2kernels import _C
+
+ISAS = _C.available_isas()
+
+
+@pytest.fixture(autouse=True)
+def _steady() -> Iterator[None]:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    # torch.empty gives NaN: a kernel that reads what nobody wrote is seen
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this machine runs, one after the other."""
+    before = _C.isa()
+    iv2kernels.set_isa(request.param)
+    yield request.param
+    iv2kernels.set_isa(before)
