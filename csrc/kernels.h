@@ -53,11 +53,51 @@ struct AddRmsNormBwd {
   int64_t threads;
 };
 
+struct DistillLossFwd {
+  const void* x;             // [B, M, D] x_dtype
+  const void* target;        // [B, N, D] target_dtype
+  const int64_t* ids;        // [B, M] rows of target, or null: row m
+  const float* norm_weight;  // [D]
+  const float* norm_bias;    // [D]
+  float* loss;               // [1]
+  void* dx;                  // [B, M, D] x_dtype, or null; the gradients times B * M * D
+  float* dweight;            // [D], or null
+  float* dbias;              // [D], null with dweight
+  double* sums;              // [row_chunks(B * M)]
+  float* scratch;            // [2, row_chunks(B * M), D], null with dweight
+  int64_t rows, dim, rows_per_sample, target_rows;
+  int64_t x_dtype, target_dtype;
+  double eps;
+  int64_t threads;
+};
+
+struct DistillLossBwd {
+  const void* dx_unit;  // [M, D] dtype
+  void* dx;             // [M, D] dtype: scale * dx_unit
+  int64_t rows, dim, dtype;
+  double scale;
+  int64_t threads;
+};
+
+struct MasksDraw {
+  const int64_t* seeds;  // [B]
+  const float* weights;  // [B, rows, N], or null: all 1
+  int32_t* ids;          // [B, rows * repeat * keep], sorted; indices into rows * N (repeat * N)
+  uint32_t* keys;        // [B, rows, N] scratch
+  int64_t* bad;          // [1], set to 1 where a weight is negative or not finite
+  int64_t batch, rows, tokens, keep, repeat;  // rows or repeat is 1
+  int64_t stream;
+  int64_t threads;
+};
+
 }  // namespace iv2
 
-#define IV2_KERNELS(K)               \
-  K(add_rms_norm_fwd, AddRmsNormFwd) \
-  K(add_rms_norm_bwd, AddRmsNormBwd)
+#define IV2_KERNELS(K)                \
+  K(add_rms_norm_fwd, AddRmsNormFwd)  \
+  K(add_rms_norm_bwd, AddRmsNormBwd)  \
+  K(distill_loss_fwd, DistillLossFwd) \
+  K(distill_loss_bwd, DistillLossBwd) \
+  K(masks_draw, MasksDraw)
 
 // One table of kernels per instruction set; isa.cpp fills them and cpu::table() is the one in use.
 namespace iv2 {

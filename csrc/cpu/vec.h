@@ -157,6 +157,8 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float max_across(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// a with the lanes from n on set to 0.
+inline Vec keep_first(Vec a, int64_t n) { return {_mm512_maskz_mov_ps(first(n), a.v)}; }
 inline Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -239,6 +241,9 @@ inline float max_across(Vec a) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+inline Vec keep_first(Vec a, int64_t n) {
+  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(first(n)))};
+}
 inline Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -320,6 +325,9 @@ inline float sum(Vec a) {
 inline float max_across(Vec a) {
   for (int i = 1; i < 8; ++i) a.v[0] = max_of(a.v[0], a.v[i]);
   return a.v[0];
+}
+inline Vec keep_first(Vec a, int64_t n) {
+  return each([&](int i) { return i < n ? a.v[i] : 0.0f; });
 }
 inline Vec round(Vec a) {
   return each([&](int i) { return __builtin_rintf(a.v[i]); });

@@ -20,20 +20,17 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from torch import Tensor
-
-try:
-    from av.error import FFmpegError
-except ImportError:  # before PyAV 14
-    from av import FFmpegError
 
 Source = str | Path | bytes
 # Side(s) of decoded frames: (height, width), or the short side, which never enlarges.
 Size = tuple[int, int] | int | None
 
-# A seek costs about as much as decoding this many frames more.
-_SEEK_COST = 1
+# Frames whose decoding costs as much as a seek; where frames are reordered, two more are lost.
+_SEEK_COST = 0
 _ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: cover art of an audio file
 
 
@@ -172,9 +169,10 @@ class Video:
             found = self._collect(wanted)
         except FFmpegError as e:
             raise DecodeError(self.path, _reason(e)) from e
-        pixels = {i: _pixels(frame, size, found[wanted[0]]) for i, frame in found.items()}
-        first = pixels[wanted[0]]
-        out = torch.empty((len(indices), *first.shape), dtype=torch.uint8)
+        first = found[wanted[0]]
+        converter = VideoReformatter()  # shared: setting one up costs more than a small frame
+        pixels = {i: _pixels(frame, size, first, converter) for i, frame in found.items()}
+        out = torch.empty((len(indices), *pixels[wanted[0]].shape), dtype=torch.uint8)
         view = out.numpy()
         for place, i in enumerate(indices):
             view[place] = pixels[int(i)]
@@ -320,7 +318,9 @@ def plan(
     return runs
 
 
-def _pixels(frame: Any, size: Size, first: Any) -> NDArray[np.uint8]:  # [H, W, 3]
+def _pixels(
+    frame: Any, size: Size, first: Any, converter: VideoReformatter
+) -> NDArray[np.uint8]:  # [H, W, 3]
     """RGB pixels the right way up; all frames of a file take the size of the first."""
     matrix = _display_matrix(first)
     height, width = first.height, first.width
@@ -329,10 +329,16 @@ def _pixels(frame: Any, size: Size, first: Any) -> NDArray[np.uint8]:  # [H, W, 
         height, width = round(height * scale), round(width * scale)
     elif size is not None:
         height, width = size if matrix[0] or matrix[3] else size[::-1]
-    options: dict[str, Any] = {"format": "rgb24"}
-    if (height, width) != (frame.height, frame.width):
-        options |= {"width": width, "height": height, "interpolation": "AREA"}
-    return _upright(frame.to_ndarray(**options), matrix)
+    resized = (height, width) != (frame.height, frame.width)
+    rgb = converter.reformat(
+        frame,
+        width=width,
+        height=height,
+        format="rgb24",
+        interpolation="AREA" if resized else "BILINEAR",
+        threads=1,
+    )
+    return _upright(rgb.to_ndarray(), matrix)
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:

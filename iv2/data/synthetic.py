@@ -22,6 +22,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
@@ -368,8 +369,10 @@ def encode(
         # A constant quantiser: the search for a constant bit rate costs three times as much.
         audio.options = {"aac_coder": "fast", "flags": "+qscale", "global_quality": "236"}
         audio.options |= {"aac_tns": "0", "aac_pns": "0"}
+        converter = VideoReformatter()
         for frame in frames:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            container.mux(video.encode(converter.reformat(rgb, format="yuv420p", threads=1)))
         container.mux(video.encode())
         block = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
         block.sample_rate, block.pts = sample_rate, 0

@@ -1,0 +1,287 @@
+"""What a run needs to be told, as frozen dataclasses; JSON in the run folder and in checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from iv2.models.vision_config import VisionConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which clips are read, and how."""
+
+    # Folder of videos, or list of clips (.jsonl, .json, .csv).
+    path: str = ""
+    # Frames of a clip; stage 1 with a video teacher gives the student every second one.
+    num_frames: int = 16
+    # Side of the frames in pixels.
+    size: int = 224
+    # How frames are taken: tsn (stage 1) or sparse (fine-tuning).
+    sampling: Literal["tsn", "sparse"] = "tsn"
+    # How a crop is taken in training.
+    crop: Literal["multi_scale", "random_resized", "centre"] = "multi_scale"
+    # Probability of a horizontal flip; 0 where left and right mean something.
+    flip: float = 0.5
+    # Clips in a step of one process.
+    batch_size: int = 32
+    # Worker processes that decode; 0 decodes in the training process.
+    num_workers: int = 4
+    # Memory for decoded clips, in bytes; 0 keeps none.
+    cache_bytes: int = 0
+    # Share of broken clips above which the run stops.
+    max_bad_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_frames", "size", "batch_size")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    # Highest learning rate, for lr_batch clips a step; it grows with the global batch.
+    lr: float = 1.5e-4
+    # Learning rate at the end, for lr_batch clips a step.
+    min_lr: float = 1e-5
+    # Clips a step that lr and min_lr are meant for; 0 takes the rates as they are.
+    lr_batch: int = 256
+    # Decay of the two moments.
+    betas: tuple[float, float] = (0.9, 0.98)
+    # Added to the root of the second moment.
+    eps: float = 1e-6
+    # Weight decay; 1-D parameters, biases, position tables and the CLS token are spared.
+    weight_decay: float = 0.05
+    # Factor of the learning rate from a layer to the one before it.
+    layer_decay: float = 1.0
+    # Passes over the data.
+    epochs: float = 301
+    # Steps of the run; 0 counts epochs.
+    steps: int = 0
+    # Linear warm-up from 0, in epochs.
+    warmup_epochs: float = 40
+    # Linear warm-up from 0, in steps; 0 counts epochs.
+    warmup_steps: int = 0
+    # Largest global norm of the gradients; 0 does not clip.
+    max_grad_norm: float = 3.0
+    # Backward passes a step.
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(self, "lr", "accumulate", "layer_decay")
+        if not self.steps and self.epochs <= 0:
+            raise ValueError(f"OptimConfig: epochs must be positive, got {self.epochs}")
+
+
+@dataclass(frozen=True)
+class Stage1Config:
+    """Masked distillation from one or two frozen teachers (iv2.models.teachers)."""
+
+    # Teacher of clip_decoder and, by its pooling map, of the masks; empty for none.
+    clip_teacher: str = "internvl-6b"
+    # Its file.
+    clip_teacher_path: str = ""
+    # Teacher of mae_decoder; empty for none.
+    mae_teacher: str = "videomae-g"
+    # Its file.
+    mae_teacher_path: str = ""
+    # dtype of the teachers' weights and features.
+    teacher_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # What the student sees: patches drawn by the first teacher's attention, the same random ones
+    # in each frame, or random ones.
+    mask: Literal["attention", "tube", "random"] = "attention"
+    # Share of the patches that it does not see.
+    mask_ratio: float = 0.8
+    # Whether attention masks are drawn frame by frame or over the whole clip.
+    mask_window: Literal["frame", "clip"] = "frame"
+    # Student masks a teacher pass serves; the paper has 1.
+    num_masks: int = 1
+    # Weight of the loss on the layers of the first teacher.
+    clip_weight: float = 1.0
+    # Weight of the loss on its pooled vector.
+    clip_pooled_weight: float = 1.0
+    # Weight of the loss on the layers of the second teacher.
+    mae_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_masks")
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"Stage1Config: mask_ratio must be in [0, 1), got {self.mask_ratio}")
+        if not (self.clip_teacher or self.mae_teacher):
+            raise ValueError("Stage1Config: clip_teacher or mae_teacher must be given, got neither")
+        if self.mask == "attention" and not self.clip_teacher:
+            raise ValueError(
+                "Stage1Config: mask must be tube or random without a clip_teacher, got attention"
+            )
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Supervised classification."""
+
+    # Attributes of the clips to classify, a head each; empty takes the list's `label`.
+    attributes: tuple[str, ...] = ()
+    # Teacher to train (iv2.models.teachers) instead of the encoder; empty for the encoder.
+    teacher: str = ""
+    # Share of the target that is spread over all classes.
+    label_smoothing: float = 0.1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run."""
+
+    # What is trained for.
+    stage: Literal["stage1", "finetune"] = "stage1"
+    # Folder of the run: config.json, log.jsonl, skipped.jsonl, checkpoints.
+    run_dir: str = "runs/run"
+    # Seed of weights, samples and masks.
+    seed: int = 0
+    # bfloat16: parameters and stream, with float32 masters; autocast: float32 parameters.
+    precision: Literal["bfloat16", "autocast", "float32"] = "bfloat16"
+    # Device; empty takes CUDA where there is one.
+    device: str = ""
+    # Weights to start from; empty for fresh ones.
+    init: str = ""
+    # Names, or patterns such as head.*, that the file of init may lack.
+    init_allow_missing: tuple[str, ...] = ()
+    # The encoder. Stage 1 sets its decoders to fit the teachers.
+    model: VisionConfig = field(default_factory=VisionConfig)
+    # The clips.
+    data: DataConfig = field(default_factory=DataConfig)
+    # The optimizer.
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    # Masked distillation.
+    stage1: Stage1Config = field(default_factory=Stage1Config)
+    # Supervised classification.
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    # Steps between log lines.
+    log_every: int = 1
+    # Steps between checkpoints; the last step has one too.
+    save_every: int = 500
+    # Checkpoints to keep.
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "log_every", "save_every", "keep_checkpoints")
+
+
+# Fields that may change between a run and its continuation: they change no number.
+FREE_FIELDS = frozenset(
+    {
+        "run_dir",
+        "device",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "data.num_workers",
+        "data.cache_bytes",
+        "data.max_bad_fraction",
+        "init",
+    }
+)
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            kind = type(config).__name__
+            raise ValueError(f"{kind}: {name} must be positive, got {getattr(config, name)}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dicts of JSON values."""
+    content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return content
+
+
+def from_dict(kind: type[T], content: dict[str, Any], where: str = "") -> T:
+    """The inverse of ``to_dict``; absent fields take their defaults.
+
+    Raises:
+        ValueError: A field does not exist, or its value is of another kind.
+    """
+    hints = typing.get_type_hints(kind)
+    for name in content:
+        if name not in hints:
+            raise ValueError(
+                f"{kind.__name__}: field must be one of {', '.join(hints)}, got {where}{name}"
+            )
+    return kind(
+        **{name: _value(hints[name], value, f"{where}{name}") for name, value in content.items()}
+    )
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return from_dict(hint, value, f"{where}.")
+    if origin is tuple and isinstance(value, list | tuple):
+        items = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(items) == len(value):
+            pairs = zip(items, value, strict=True)
+            return tuple(_value(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(pairs))
+    if origin is Literal and value in arguments:
+        return value
+    if origin in (typing.Union, types.UnionType) and (value is None) <= (type(None) in arguments):
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ValueError(f"config: {where} must be {_words(hint)}, got {value!r}")
+
+
+def _words(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def write_json(config: TrainConfig, path: str | Path) -> None:
+    """Write the resolved configuration of a run."""
+    Path(path).write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def from_json(path: str | Path) -> TrainConfig:
+    """Read what ``write_json`` wrote.
+
+    Raises:
+        ValueError: The file is no such configuration; the path is named.
+    """
+    try:
+        return from_dict(TrainConfig, json.loads(Path(path).read_text(encoding="utf-8")))
+    except ValueError as error:  # JSONDecodeError is one
+        raise ValueError(f"{path}: {error}") from error
+
+
+def differences(config: TrainConfig, other: dict[str, Any]) -> list[str]:
+    """Fields, but for the free ones, in which a configuration differs from another's dict.
+
+    Returns:
+        "name value (other)" for each.
+    """
+    own, there = _flat(to_dict(config)), _flat(other)
+    return [
+        f"{name} {own.get(name)!r} (there {there.get(name)!r})"
+        for name in sorted(own.keys() | there.keys())
+        if name not in FREE_FIELDS and own.get(name) != there.get(name)
+    ]
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,220 @@
+"""Which clips there are, and which frames of a clip are taken.
+
+The sampling rules work on frame numbers 0 … n-1 of a clip and leave out the slips of the released
+InternVideo2 code: its stage 1 subtracts one from numbers that already start at 0, so that -1 reads
+the last frame, and its stage 2 never draws the last frame of an interval.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VIDEO_SUFFIXES = frozenset(
+    ".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip of a list."""
+
+    path: str  # of the video file
+    start: float | None = None  # seconds; None: from the beginning
+    end: float | None = None  # seconds, exclusive; None: to the end
+    caption: str | None = None
+    label: int | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)  # `attributes` and unknown columns
+
+
+def read_list(path: str | Path) -> list[Sample]:
+    """Read a folder of videos, or a list of clips.
+
+    Args:
+        path: A folder (searched through, ordered by name), or a file: JSON lines (.jsonl), a JSON
+            array of objects (.json), or a table with a header (.csv). Each row has `path`
+            (relative to the folder of the list, or absolute) and optionally `start`, `end`
+            (seconds), `caption`, `label` (an integer) and `attributes` (an object). Further
+            columns are kept in the sample's `attributes`.
+
+    Raises:
+        FileNotFoundError: `path` does not exist.
+        ValueError: no videos, another kind of file, or a row that cannot be used, with its line.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"read_list: path must be a folder or a list, got {path}: not found")
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+        samples = [Sample(str(p)) for p in files if p.is_file()]
+        kind = f"a folder with videos ({', '.join(sorted(VIDEO_SUFFIXES))})"
+    else:
+        samples = [_sample(path, place, row) for place, row in _rows(path)]
+        kind = "a list with at least one clip"
+    if not samples:
+        raise ValueError(f"read_list: path must be {kind}, got {path}")
+    return samples
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a list file, with where each is: 'file:line'."""
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{path}:{number}", _json(line, f"{path}:{number}")
+    elif suffix == ".json":
+        rows = _json(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: the file must be a JSON array, got {type(rows).__name__}")
+        yield from ((f"{path}: item {number}", row) for number, row in enumerate(rows, 1))
+    elif suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            table = csv.DictReader(lines)
+            if "path" not in (table.fieldnames or ()):
+                names = ", ".join(table.fieldnames or ()) or "nothing"
+                raise ValueError(f"{path}:1: the header must name a column 'path', got {names}")
+            for row in table:
+                if None in row:
+                    raise ValueError(f"{path}:{table.line_num}: more cells than the header has")
+                yield f"{path}:{table.line_num}", {k: v for k, v in row.items() if v}
+    else:
+        raise ValueError(f"read_list: path must be a folder, .jsonl, .json or .csv, got {path}")
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{place}: not JSON: {e.msg} at column {e.colno}") from e
+
+
+def _sample(listing: Path, place: str, row: Any) -> Sample:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: a row must be an object, got {type(row).__name__}")
+    row = dict(row)
+    video = row.pop("path", None)
+    if not isinstance(video, str) or not video:
+        raise ValueError(f"{place}: path must be a string, got {video!r}")
+    start, end = _number(place, row, "start", float), _number(place, row, "end", float)
+    if (start is not None and start < 0) or (end is not None and end <= (start or 0)):
+        raise ValueError(f"{place}: 0 <= start < end must hold, got start {start} and end {end}")
+    caption = row.pop("caption", None)
+    if caption is not None and not isinstance(caption, str):
+        raise ValueError(f"{place}: caption must be a string, got {caption!r}")
+    label = _number(place, row, "label", int)
+    attributes = row.pop("attributes", None) or {}
+    if not isinstance(attributes, dict):
+        raise ValueError(f"{place}: attributes must be an object, got {attributes!r}")
+    where = str(listing.parent / video)
+    return Sample(where, start, end, caption, label, {**attributes, **row})
+
+
+def _number(place: str, row: dict[str, Any], name: str, kind: type) -> Any:
+    value = row.pop(name, None)
+    if value is None:
+        return None
+    try:
+        number = kind(value)
+    except (TypeError, ValueError):
+        number = None
+    exact = isinstance(value, str) or number == value
+    if number is None or not exact or not np.isfinite(number):
+        word = "an integer" if kind is int else "a number"
+        raise ValueError(f"{place}: {name} must be {word}, got {value!r}")
+    return number
+
+
+# ---- frame numbers
+
+
+def tsn_indices(
+    n: int, num_frames: int, rng: np.random.Generator | None = None, *, span: int = 1
+) -> list[int]:
+    """Stage 1: cut the clip into equal segments of whole frames, take one frame of each.
+
+    The segments have (n - span + 1) // num_frames frames; what remains at the end is not used, as
+    in the released code.
+
+    Args:
+        n: Frames in the clip.
+        num_frames: Frames to take.
+        rng: Draws the place inside each segment; None takes the middle.
+        span: Frames that each place must leave before the end of the clip, itself included.
+
+    Returns:
+        Ascending frame numbers. A clip shorter than `num_frames` repeats frames, evenly spread
+        (the released code takes frame 0 each time).
+    """
+    _check("tsn_indices", n, num_frames)
+    segment = (n - span + 1) // num_frames
+    if segment <= 0:
+        return [min(n - 1, i * n // num_frames) for i in range(num_frames)]
+    draws = np.full(num_frames, 0.5) if rng is None else rng.random(num_frames)
+    return [i * segment + int(u * segment) for i, u in enumerate(draws)]
+
+
+def sparse_indices(n: int, num_frames: int, rng: np.random.Generator) -> list[int]:
+    """Fine-tuning, training: a frame of each of num_frames equal parts of [0, n - 1].
+
+    Part i reaches from round(s i) to round(s (i + 1)), both included, with s = (n - 1) / num_frames.
+    """
+    _check("sparse_indices", n, num_frames)
+    edges = [round((n - 1) / num_frames * i) for i in range(num_frames + 1)]
+    draws = rng.random(num_frames)
+    spans = zip(edges[:-1], edges[1:], draws, strict=True)
+    return [min(low + int(u * (high - low + 1)), n - 1) for low, high, u in spans]
+
+
+def sparse_test_indices(
+    n: int, num_frames: int, segment: int = 0, num_segments: int = 1
+) -> list[int]:
+    """Fine-tuning, test: view `segment` of `num_segments`, each with other frames of the parts.
+
+    Frame i of the view is round(s i) + int(s / (num_segments + 1) * (segment + 1)), s as in
+    `sparse_indices`.
+    """
+    _check("sparse_test_indices", n, num_frames)
+    if not 0 <= segment < num_segments:
+        raise ValueError(
+            f"sparse_test_indices: segment must be in [0, {num_segments}), got {segment}"
+        )
+    part = (n - 1) / num_frames
+    shift = int(part / (num_segments + 1) * (segment + 1))
+    return [min(round(part * i) + shift, n - 1) for i in range(num_frames)]
+
+
+def interval_indices(
+    n: int, num_frames: int, rng: np.random.Generator | None = None
+) -> list[int]:
+    """Stage 2: a frame of each interval between int(linspace(0, n, num_frames + 1)).
+
+    Args:
+        n: Frames in the clip.
+        num_frames: Frames to take.
+        rng: Draws any frame of the interval ("rand"); None takes the middle one ("middle").
+
+    Returns:
+        Ascending frame numbers; a shorter clip gives all its frames and repeats the last.
+    """
+    _check("interval_indices", n, num_frames)
+    taken = min(n, num_frames)
+    edges = np.linspace(0, n, taken + 1).astype(int)
+    low, high = edges[:-1], edges[1:] - 1
+    if rng is None:
+        places = (low + high) // 2
+    else:
+        places = low + (rng.random(taken) * (high - low + 1)).astype(int)
+    return [int(p) for p in places] + [int(places[-1])] * (num_frames - taken)
+
+
+def _check(name: str, n: int, num_frames: int) -> None:
+    if n < 1:
+        raise ValueError(f"{name}: n must be at least 1, got {n}")
+    if num_frames < 1:
+        raise ValueError(f"{name}: num_frames must be at least 1, got {num_frames}")

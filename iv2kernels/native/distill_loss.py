@@ -1,0 +1,88 @@
+"""distill_loss on csrc/cpu/distill_loss.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iv2kernels import _C
+from iv2kernels.native.memory import DTYPE, ptr
+
+
+def _rows(ids: Tensor | None, target_rows: int) -> Tensor | None:
+    if ids is None or ids.numel() == 0:
+        return None
+    low, high = (int(end) for end in ids.aminmax())
+    if low < 0 or high >= target_rows:
+        raise ValueError(
+            f"distill_loss: ids must be in [0, {target_rows}), got {low if low < 0 else high}"
+        )
+    return ids.long().contiguous()
+
+
+def distill_loss_fwd(
+    x: Tensor,
+    target: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    ids: Tensor | None,
+    eps: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See csrc/kernels.h: DistillLossFwd."""
+    rows, dim = x.shape[0] * x.shape[1], x.shape[2]
+    ids = _rows(ids, target.shape[1])
+    x, target = x.contiguous(), target.contiguous()
+    if target.dtype not in DTYPE:
+        target = target.float()
+    weight, bias = norm_weight.float().contiguous(), norm_bias.float().contiguous()
+    loss = torch.full((), torch.nan)
+    dx = torch.empty(x.shape if needs[0] else 0, dtype=x.dtype)
+    dweight = torch.zeros(dim if needs[1] else 0)
+    dbias = torch.zeros_like(dweight)
+    if rows == 0 or dim == 0:
+        return loss, dx, dweight, dbias
+    chunks = _C.row_chunks(rows)
+    sums = torch.empty(chunks, dtype=torch.float64)
+    scratch = torch.empty(2, chunks, dim) if needs[1] else None
+    _C.distill_loss_fwd(
+        ptr(x),
+        ptr(target),
+        ptr(ids),
+        ptr(weight),
+        ptr(bias),
+        ptr(loss),
+        ptr(dx) if needs[0] else 0,
+        ptr(dweight) if needs[1] else 0,
+        ptr(dbias) if needs[1] else 0,
+        ptr(sums),
+        ptr(scratch),
+        rows,
+        dim,
+        x.shape[1],
+        target.shape[1],
+        DTYPE[x.dtype],
+        DTYPE[target.dtype],
+        float(eps),
+        torch.get_num_threads(),
+    )
+    return loss, dx, dweight, dbias
+
+
+def distill_loss_bwd(
+    dloss: Tensor, dx_unit: Tensor, dweight_unit: Tensor, dbias_unit: Tensor, rows: int, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See csrc/kernels.h: DistillLossBwd."""
+    scale = float(dloss) / max(rows * dim, 1)
+    dx = torch.empty_like(dx_unit)
+    if dx.numel() > 0:
+        _C.distill_loss_bwd(
+            ptr(dx_unit),
+            ptr(dx),
+            rows,
+            dim,
+            DTYPE[dx.dtype],
+            scale,
+            torch.get_num_threads(),
+        )
+    return dx, dweight_unit * scale, dbias_unit * scale

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import iv2kernels as k
+from iv2kernels import _C, dispatch
+
+
+def test_the_argument_beats_use_and_use_beats_the_default():
+    x = torch.ones(1)
+    assert dispatch.choose("add_rms_norm", x) == "native"
+    with k.use("reference"):
+        assert dispatch.choose("add_rms_norm", x) == "reference"
+        assert dispatch.choose("add_rms_norm", x, "native") == "native"
+        with k.use(None):
+            assert dispatch.choose("add_rms_norm", x) == "native"
+    assert dispatch.choose("add_rms_norm", x) == "native"
+
+
+def test_use_is_of_one_thread():
+    seen = []
+    with k.use("reference"):
+        thread = threading.Thread(
+            target=lambda: seen.append(dispatch.choose("add_rms_norm", torch.ones(1)))
+        )
+        thread.start()
+        thread.join()
+    assert seen == ["native"]
+
+
+def test_a_choice_by_name_never_falls_back():
+    with pytest.raises(RuntimeError, match="implementation triton cannot run"):
+        k.rms_norm(torch.ones(2, 4), torch.ones(4), impl="triton")
+    with k.use("native"), pytest.raises(RuntimeError, match=r"got torch\.float64"):
+        k.rms_norm(torch.ones(2, 4).double(), torch.ones(4))
+    with pytest.raises(RuntimeError, match="no native kernel for meta tensors"):
+        k.rms_norm(torch.ones(2, 4, device="meta"), torch.ones(4), impl="native")
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match="impl must be one of reference, native, triton, torch"):
+        k.use("fast").__enter__()
+    with pytest.raises(ValueError, match="op must be one of add_rms_norm, attention"):
+        k.available("flash")
+    with pytest.raises(ValueError, match="set_isa: name must be one of scalar"):
+        _C.set_isa("sse9")
+    assert k.available("add_rms_norm")["native"] == "yes"
+
+
+def test_kernels_refuse_a_wrong_number_of_arguments():
+    with pytest.raises(TypeError, match="add_rms_norm_fwd: expected 15 arguments, got 2"):
+        _C.add_rms_norm_fwd(0, 1)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_environment_variables():
+    code = "import iv2kernels as k, torch; from iv2kernels import _C, dispatch; "
+    code += "print(_C.isa(), dispatch.choose('add_rms_norm', torch.ones(1)))"
+    assert run(code, IV2_ISA="scalar").stdout.split() == ["scalar", "reference"]
+    assert run(code, IV2_IMPL="reference").stdout.split()[1] == "reference"
+    assert "IV2_ISA must be one of scalar" in run("from iv2kernels import _C", IV2_ISA="neon").stderr
+    assert "IV2_IMPL must be one of reference" in run("import iv2kernels", IV2_IMPL="x").stderr
+
+
+def test_one_openmp_runtime():
+    code = (
+        "import iv2kernels as k, torch; k.rms_norm(torch.ones(64, 64), torch.ones(64)); "
+        "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l}))"
+    )
+    assert run(code).stdout.strip() == "1"
