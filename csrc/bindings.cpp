@@ -49,6 +49,9 @@ PYBIND11_MODULE(_C, m) {
   });
   IV2_KERNELS(IV2_BIND)
   m.def("row_chunks", &iv2::row_chunks);
+  m.def("attention_fwd_scratch", &iv2::attention_fwd_scratch);
+  m.def("attention_bwd_scratch", &iv2::attention_bwd_scratch);
+  m.def("attention_key_chunks", &iv2::attention_key_chunks);
   m.def("isa", &iv2::cpu::isa);
   m.def("set_isa", &iv2::cpu::set_isa);
   m.def("available_isas", &iv2::cpu::available_isas);

@@ -53,6 +53,24 @@ struct AddRmsNormBwd {
   int64_t threads;
 };
 
+// The GELU between the two GEMMs of an mlp. H is the hidden width.
+struct MlpFwd {
+  const void* z;  // [M, H] dtype
+  void* a;        // [M, H] dtype: gelu(z); may be z
+  int64_t rows, dim, dtype, is_tanh;
+  int64_t threads;
+};
+
+struct MlpBwd {
+  const void* z;   // [M, H] dtype
+  void* a;         // [M, H] dtype: gelu(z), or null
+  void* dz;        // [M, H] dtype: the gradient of gelu(z) on entry, that of z on return
+  float* dbias;    // [H]: the sum of dz over rows
+  float* scratch;  // [row_chunks(M), H]
+  int64_t rows, dim, dtype, is_tanh;
+  int64_t threads;
+};
+
 struct DistillLossFwd {
   const void* x;             // [B, M, D] x_dtype
   const void* target;        // [B, N, D] target_dtype
@@ -60,14 +78,14 @@ struct DistillLossFwd {
   const float* norm_weight;  // [D]
   const float* norm_bias;    // [D]
   float* loss;               // [1]
-  void* dx;                  // [B, M, D] x_dtype, or null; the gradients times B * M * D
+  void* dx;                  // [B, M, D] x_dtype, or null; the gradients are times `unit`
   float* dweight;            // [D], or null
   float* dbias;              // [D], null with dweight
   double* sums;              // [row_chunks(B * M)]
   float* scratch;            // [2, row_chunks(B * M), D], null with dweight
   int64_t rows, dim, rows_per_sample, target_rows;
   int64_t x_dtype, target_dtype;
-  double eps;
+  double eps, unit;
   int64_t threads;
 };
 
@@ -90,14 +108,187 @@ struct MasksDraw {
   int64_t threads;
 };
 
+// Attention. Inputs are strided views with a contiguous head_dim: dense [B, N, heads, head_dim], or,
+// with cu_seqlens, [total, heads, head_dim] of `batch` sequences laid end to end, of which q_len and
+// k_len are the longest. A token is numbered over the whole batch: b * N + i, or its row. With
+// q_gain, q stands for q * q_rstd * q_gain and k for k * k_rstd (spatiotemporal_attention).
+struct AttentionFwd {
+  const void* q;                // [B, Nq, heads, head_dim] dtype
+  const void* k;                // [B, Nk, kv_heads, head_dim] dtype
+  const void* v;                // [B, Nk, kv_heads, head_dim] dtype
+  const int32_t* cu_seqlens_q;  // [B + 1] or null
+  const int32_t* cu_seqlens_k;  // [B + 1], null with cu_seqlens_q
+  const float* q_gain;          // [heads, head_dim] or null
+  const float* q_rstd;          // [B * Nq], null with q_gain
+  const float* k_rstd;          // [B * Nk], null with q_gain
+  void* o;                      // [B, Nq, heads, head_dim] dtype, contiguous
+  float* lse;                   // [B, heads, Nq] or [heads, total_q]; -inf where no key is visible
+  float* scratch;               // [threads, attention_fwd_scratch(head_dim, k_len)]
+  int64_t batch, heads, kv_heads, q_len, k_len, head_dim, total_q;
+  int64_t q_batch, q_token, q_head;  // strides in elements
+  int64_t k_batch, k_token, k_head;
+  int64_t v_batch, v_token, v_head;
+  int64_t dtype, causal;
+  double scale;
+  int64_t threads;
+};
+
+// Gradients are rows of tokens, `dq_token` and `dkv_token` elements apart, heads contiguous in a row.
+struct AttentionBwd {
+  const void* q;
+  const void* k;
+  const void* v;
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+  const float* q_gain;
+  const float* q_rstd;
+  const float* k_rstd;
+  const void* o;     // [B, Nq, heads, head_dim] dtype, contiguous
+  const void* d_o;   // the same
+  const float* lse;  // as in AttentionFwd
+  const float* dlse;   // the same, or null
+  void* dq;            // rows of [heads, head_dim] dtype, or null: the partial sums are left
+  void* dk;            // rows of [kv_heads, head_dim] dtype, or null
+  void* dv;            // rows of [kv_heads, head_dim] dtype
+  float* dq_partial;   // [key_chunks, total_q, heads, head_dim], or null when key_chunks is 1
+  float* dk_direct;    // [total_k, kv_heads, head_dim], the gradient of k * k_rstd's k; null with dk
+  float* scratch;      // [threads, attention_bwd_scratch(...)]
+  int64_t batch, heads, kv_heads, q_len, k_len, head_dim, total_q;
+  int64_t q_batch, q_token, q_head;
+  int64_t k_batch, k_token, k_head;
+  int64_t v_batch, v_token, v_head;
+  int64_t dq_token, dkv_token;
+  int64_t key_chunks;  // attention_key_chunks(batch, kv_heads, k_len)
+  int64_t dtype, causal;
+  double scale;
+  int64_t threads;
+};
+
+static constexpr int64_t kAttentionBlock = 64;  // queries and keys of a tile
+static constexpr int64_t attention_blocks(int64_t tokens) {
+  return (tokens + kAttentionBlock - 1) / kAttentionBlock;
+}
+static constexpr int64_t attention_pad(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+// Floats of scratch a thread needs: packed keys and values of a sequence, and tiles.
+static constexpr int64_t attention_fwd_scratch(int64_t head_dim, int64_t k_len) {
+  const int64_t pad = attention_pad(head_dim);
+  return kAttentionBlock * (attention_blocks(k_len) * (2 * pad + 1) + 3 * pad + 81);
+}
+// The same: packed queries and output gradients of a sequence with the gradient of q, the gradients
+// of k and v (of one block, or of a sequence when heads share them), and tiles.
+static constexpr int64_t attention_bwd_scratch(int64_t head_dim, int64_t q_len, int64_t k_len,
+                                               int64_t heads_per_kv) {
+  const int64_t pad = attention_pad(head_dim);
+  const int64_t k_blocks = heads_per_kv > 1 ? attention_blocks(k_len) : 1;
+  return kAttentionBlock * (attention_blocks(q_len) * (5 * pad + 2) + k_blocks * 2 * pad +
+                            4 * pad + 3 * kAttentionBlock + 1);
+}
+// Backward splits the keys of few heads into chunks, which are summed in order; a function of the
+// shape alone, so that results do not depend on the number of threads.
+static constexpr int64_t attention_key_chunks(int64_t batch, int64_t kv_heads, int64_t k_len) {
+  const int64_t tasks = batch * kv_heads > 0 ? batch * kv_heads : 1;
+  const int64_t wanted = (15 + tasks) / tasks, most = k_len / 512 > 0 ? k_len / 512 : 1;
+  return wanted < most ? wanted : most;
+}
+
+struct SpatiotemporalAttentionNormFwd {
+  const void* qkv;  // [M, 3, C] dtype
+  float* rstd;      // [2, M]: of q and of k
+  int64_t rows, dim, dtype;
+  double eps;
+  int64_t threads;
+};
+
+struct SpatiotemporalAttentionNormBwd {
+  const void* qkv;          // [M, 3, C] dtype
+  const float* rstd;        // [2, M]
+  const float* gain;        // [C], q_weight * k_weight
+  float* dq_partial;        // [chunks, M, C]; overwritten
+  const float* dk_direct;   // [M, C]
+  void* dqkv;               // [M, 3, C] dtype; the first two thirds of a row are written
+  float* dgain;             // [C]
+  float* scratch;           // [row_chunks(M), C]
+  int64_t rows, dim, chunks, dtype;
+  int64_t threads;
+};
+
+// Tubelets as rows in the order of the weight. Pixel strides are in elements; video_w is 3 for
+// bytes, whose channels are neighbours, and 1 for floats.
+struct PatchEmbedGather {
+  const void* video;   // [B, T, H, W, 3] bytes or [B, 3, T, H, W] video_dtype
+  const int32_t* ids;  // [B, keep], or null: all
+  const void* table;   // [3, 256] dtype, what a byte stands for; null for floats
+  void* patches;       // [B, first + keep, 3 * tubelet * patch^2] dtype; `first` rows of zeros
+  int64_t batch, keep, first, grid_h, grid_w, tubelet, patch;
+  int64_t video_b, video_c, video_t, video_h, video_w;
+  int64_t video_dtype, dtype;  // dtype is fp32 or bf16
+  int64_t threads;
+};
+
+struct PatchEmbedAdd {
+  const void* y;           // [B, first + keep, C] dtype (fp32 where dtype is fp16); may be out
+  const float* bias;       // [C]
+  const void* pos_embed;   // [first + N, C] pos_dtype, or null
+  const float* cls_token;  // [C], null unless first is 1
+  const int32_t* ids;      // [B, keep], or null: all
+  void* out;               // [B, first + keep, C] dtype
+  int64_t batch, keep, first, dim;
+  int64_t dtype, pos_dtype;
+  int64_t threads;
+};
+
+struct PatchEmbedBwd {
+  const void* dy;     // [B, first + keep, C] dtype
+  float* dbias;       // [C]
+  float* dcls_token;  // [C] or null
+  float* scratch;     // [row_chunks(B * keep), C]
+  int64_t batch, keep, first, dim, dtype;
+  int64_t threads;
+};
+
+struct GatherTokensFwd {
+  const void* x;       // [B or 1, N, C] x_dtype, rows contiguous
+  const int32_t* ids;  // [B, keep]
+  const void* add;     // [B, keep, C] y_dtype, or null
+  void* y;             // [B, keep, C] y_dtype
+  int64_t batch, keep, dim;
+  int64_t x_batch, x_token;  // strides in elements; x_batch is 0 where all samples share x
+  int64_t x_dtype, y_dtype;
+  int64_t threads;
+};
+
+struct GatherTokensBwd {
+  const void* dy;      // [B, keep, C] dy_dtype, samples dy_batch elements apart
+  const int32_t* ids;  // [B, keep]
+  void* dx;            // [x_batch, N, C] dx_dtype
+  int32_t* starts;     // [x_batch * N + 2] scratch
+  int32_t* order;      // [B, keep] scratch
+  int64_t batch, x_batch, tokens, keep, dim;  // x_batch is batch or 1
+  int64_t dy_batch;
+  int64_t dy_dtype, dx_dtype;
+  int64_t threads;
+};
+
 }  // namespace iv2
 
-#define IV2_KERNELS(K)                \
-  K(add_rms_norm_fwd, AddRmsNormFwd)  \
-  K(add_rms_norm_bwd, AddRmsNormBwd)  \
-  K(distill_loss_fwd, DistillLossFwd) \
-  K(distill_loss_bwd, DistillLossBwd) \
-  K(masks_draw, MasksDraw)
+#define IV2_KERNELS(K)                                                 \
+  K(add_rms_norm_fwd, AddRmsNormFwd)                                   \
+  K(add_rms_norm_bwd, AddRmsNormBwd)                                   \
+  K(distill_loss_fwd, DistillLossFwd)                                  \
+  K(distill_loss_bwd, DistillLossBwd)                                  \
+  K(mlp_fwd, MlpFwd)                                                   \
+  K(mlp_bwd, MlpBwd)                                                   \
+  K(masks_draw, MasksDraw)                                             \
+  K(attention_fwd, AttentionFwd)                                       \
+  K(attention_bwd, AttentionBwd)                                       \
+  K(spatiotemporal_attention_norm_fwd, SpatiotemporalAttentionNormFwd) \
+  K(spatiotemporal_attention_norm_bwd, SpatiotemporalAttentionNormBwd) \
+  K(patch_embed_gather, PatchEmbedGather) \
+  K(patch_embed_add, PatchEmbedAdd) \
+  K(patch_embed_bwd, PatchEmbedBwd) \
+  K(gather_tokens_fwd, GatherTokensFwd) \
+  K(gather_tokens_bwd, GatherTokensBwd)
 
 // One table of kernels per instruction set; isa.cpp fills them and cpu::table() is the one in use.
 namespace iv2 {

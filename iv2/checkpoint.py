@@ -330,7 +330,11 @@ def _resize(leaf: str, there: Tensor, grid: Grid, num_frames: int | None) -> Ten
         num_frames, grid = 1, (1, *grid[1:])
     old = square_grid(patches, num_frames) if num_frames else guess_grid(patches, grid)
     if old is None:
-        given = f"does not fit num_frames={num_frames}" if num_frames else "needs num_frames"
+        given = (
+            f"do not fit num_frames={num_frames}"
+            if num_frames
+            else "fit no or several grids: give num_frames"
+        )
         raise ValueError(f"has {patches} patch rows, which {given}")
     if leaf.endswith("pos_embed_spatial"):
         return resize_space(there, old[1:], grid[1:])

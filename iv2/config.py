@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from iv2.data.loader import ClipConfig
 from iv2.models.vision_config import VisionConfig
 
 T = TypeVar("T")
@@ -21,16 +22,9 @@ class DataConfig:
 
     # Folder of videos, or list of clips (.jsonl, .json, .csv).
     path: str = ""
-    # Frames of a clip; stage 1 with a video teacher gives the student every second one.
-    num_frames: int = 16
-    # Side of the frames in pixels.
-    size: int = 224
-    # How frames are taken: tsn (stage 1) or sparse (fine-tuning).
-    sampling: Literal["tsn", "sparse"] = "tsn"
-    # How a crop is taken in training.
-    crop: Literal["multi_scale", "random_resized", "centre"] = "multi_scale"
-    # Probability of a horizontal flip; 0 where left and right mean something.
-    flip: float = 0.5
+    # What is taken of each clip. With a video teacher the student of stage 1 gets every second
+    # frame.
+    clip: ClipConfig = field(default_factory=ClipConfig)
     # Clips in a step of one process.
     batch_size: int = 32
     # Worker processes that decode; 0 decodes in the training process.
@@ -41,7 +35,7 @@ class DataConfig:
     max_bad_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        _positive(self, "num_frames", "size", "batch_size")
+        _positive(self, "batch_size")
 
 
 @dataclass(frozen=True)
@@ -182,6 +176,7 @@ FREE_FIELDS = frozenset(
         "log_every",
         "save_every",
         "keep_checkpoints",
+        "data.path",  # the loader compares the lists themselves
         "data.num_workers",
         "data.cache_bytes",
         "data.max_bad_fraction",
@@ -246,13 +241,13 @@ def _words(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
-def write_json(config: TrainConfig, path: str | Path) -> None:
-    """Write the resolved configuration of a run."""
-    Path(path).write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+def to_json(config: TrainConfig) -> str:
+    """The resolved configuration of a run, as the text of its config.json."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
 
 
 def from_json(path: str | Path) -> TrainConfig:
-    """Read what ``write_json`` wrote.
+    """Read a config.json.
 
     Raises:
         ValueError: The file is no such configuration; the path is named.

@@ -140,24 +140,14 @@ class AdamW:
     @torch.no_grad()
     def collect(self) -> None:
         """Add the gradients of narrow parameters to their masters' and drop them."""
-        fresh = [(p, m) for p, m in self._narrow if p.grad is not None]
-        for parameter, master in fresh:
+        for parameter, master in self._narrow:
+            if parameter.grad is None:
+                continue
             if master.grad is None:
-                master.grad = torch.zeros_like(master)
-        if fresh:
-            torch._foreach_add_(
-                [m.grad for _, m in fresh],  # type: ignore[misc]
-                [p.grad.float() for p, _ in fresh],  # type: ignore[union-attr]
-            )
-        for parameter, _ in fresh:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
             parameter.grad = None
-
-    @torch.no_grad()
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply all gradients, for accumulation."""
-        grads = [m.grad for m in self.masters if m.grad is not None]
-        if grads and factor != 1:
-            torch._foreach_mul_(grads, factor)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients down to a global norm of at most max_norm (0: leave them).

@@ -206,7 +206,7 @@ class AttentionPool(nn.Module):
         q = q + 0.0 * (attn.k_bias + self.norm1_k.bias)
         heads = q.view(-1, self.num_heads, head_dim).transpose(0, 1)  # [heads, B, head_dim]
         absorbed = heads @ attn.k.weight.view(self.num_heads, head_dim, dim)
-        scaled = absorbed.transpose(0, 1) * (self.norm1_k.weight * head_dim**-0.5)
+        scaled: Tensor = absorbed.transpose(0, 1) * (self.norm1_k.weight * head_dim**-0.5)
         return scaled.to(x.dtype)
 
     def _project(self, z: Tensor) -> Tensor:  # [B, heads, C] -> [B, out_dim]

@@ -1,11 +1,12 @@
-// distill_loss.cpp - mean over rows of 2 - 2 cos(LayerNorm(x) w + b, target row), and its gradients.
+// distill_loss.cpp - mean over rows of 2 - 2 cos(LayerNorm(x) w + b, target row), and its
+// gradients.
 //
 // A row is read from memory once and then stays in L1: its mean, its variance, seven sums that give
 // the cosine and the two means of LayerNorm's backward, and the gradient. Since the loss is a sum
-// over rows, dx, dweight and dbias are known before any gradient arrives, up to its factor; they are
-// stored times rows * dim, which keeps a float16 dx in range, and backward scales them. Rows are
-// parallel; the sums over rows are taken in fixed chunks (kernels.h). Bound by memory: one read of x
-// and of the target's rows, one write of dx.
+// over rows, dx, dweight and dbias are known before any gradient arrives, up to its factor; they
+// are stored times a power of two near rows * dim, which keeps a float16 dx in range, and backward
+// scales them. Rows are parallel; the sums over rows are taken in fixed chunks (kernels.h). Bound
+// by memory: one read of x and of the target's rows, one write of dx.
 #include "../kernels.h"
 #include "vec.h"
 
@@ -43,9 +44,7 @@ struct Row {
     });
     rstd = 1.0f / __builtin_sqrtf(squares / count + eps);
   }
-  Vec unit(int64_t i, int64_t n) const {
-    return mul(sub(load_at(x, i, n), set(mean)), set(rstd));
-  }
+  Vec unit(int64_t i, int64_t n) const { return mul(sub(load_at(x, i, n), set(mean)), set(rstd)); }
 };
 
 // Sums over a row, with h = unit x and y = w h + b the norm's output.
@@ -114,7 +113,11 @@ void fwd(const DistillLossFwd& a) {
       const int64_t id = a.ids ? a.ids[m] : m % a.rows_per_sample;
       Row<X, T> row = {static_cast<const X*>(a.x) + m * dim,
                        static_cast<const T*>(a.target) + (sample * a.target_rows + id) * dim,
-                       a.norm_weight, a.norm_bias, dim, 0, 0};
+                       a.norm_weight,
+                       a.norm_bias,
+                       dim,
+                       0,
+                       0};
       row.measure(static_cast<float>(a.eps));
       const bool grads = a.dx || a.dweight;
       const Sums s = grads ? row_sums<true>(row) : row_sums<false>(row);
@@ -123,12 +126,11 @@ void fwd(const DistillLossFwd& a) {
       const double cosine = sum(s.yt) / (least * target_length);
       total += 2.0 - 2.0 * cosine;
       if (!grads) continue;
-      const double factor = -2.0 * static_cast<double>(dim);
+      const double factor = -2.0 * a.unit / static_cast<double>(a.rows);
       // the clamp of the length is not differentiated, the length is, as torch does
       const double by_y = length > 0 ? factor * cosine / (least * length) : 0;
-      row_grads(row, static_cast<float>(factor / (least * target_length)),
-                static_cast<float>(by_y), s, a.dx ? static_cast<X*>(a.dx) + m * dim : nullptr,
-                dweight, dbias);
+      row_grads(row, static_cast<float>(factor / (least * target_length)), static_cast<float>(by_y),
+                s, a.dx ? static_cast<X*>(a.dx) + m * dim : nullptr, dweight, dbias);
     }
     a.sums[chunk] = total;
   });

@@ -12,18 +12,20 @@
 namespace iv2::IV2_ISA {
 namespace {
 
-constexpr int64_t kBlocks = 16;             // Philox blocks at a time,
+constexpr int64_t kBlocks = 32;             // Philox blocks at a time,
 constexpr int64_t kWords = 4 * kBlocks;     // of four words each
 constexpr uint32_t kZeroWeight = 1u << 31;  // above the bits of every positive float
 
-void philox(uint32_t (&c)[4][kBlocks], uint32_t k0, uint32_t k1) {
+// A 32-bit word sits in 64 bits, whose upper half is ignored: so the compiler finds the multiply.
+void philox(uint64_t (&c)[4][kBlocks], uint32_t k0, uint32_t k1) {
   for (int round = 0; round < 10; ++round) {
     for (int64_t i = 0; i < kBlocks; ++i) {
-      const uint64_t p0 = uint64_t{0xD2511F53u} * c[0][i], p1 = uint64_t{0xCD9E8D57u} * c[2][i];
-      c[0][i] = static_cast<uint32_t>(p1 >> 32) ^ c[1][i] ^ k0;
-      c[1][i] = static_cast<uint32_t>(p1);
-      c[2][i] = static_cast<uint32_t>(p0 >> 32) ^ c[3][i] ^ k1;
-      c[3][i] = static_cast<uint32_t>(p0);
+      const uint64_t p0 = (c[0][i] & 0xFFFFFFFFu) * 0xD2511F53u;
+      const uint64_t p1 = (c[2][i] & 0xFFFFFFFFu) * 0xCD9E8D57u;
+      c[0][i] = (p1 >> 32) ^ c[1][i] ^ k0;
+      c[1][i] = p1;
+      c[2][i] = (p0 >> 32) ^ c[3][i] ^ k1;
+      c[3][i] = p0;
     }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
@@ -33,16 +35,16 @@ void philox(uint32_t (&c)[4][kBlocks], uint32_t k0, uint32_t k1) {
 // The words of the blocks first_block... of a row, in order.
 void random_words(const MasksDraw& a, uint64_t seed, int64_t row, int64_t first_block,
                   uint32_t (&words)[kWords]) {
-  uint32_t c[4][kBlocks];
+  uint64_t c[4][kBlocks];
   for (int64_t i = 0; i < kBlocks; ++i) {
-    c[0][i] = static_cast<uint32_t>(first_block + i);
-    c[1][i] = static_cast<uint32_t>(row);
-    c[2][i] = static_cast<uint32_t>(a.stream);
-    c[3][i] = static_cast<uint32_t>(a.stream >> 32);
+    c[0][i] = static_cast<uint64_t>(first_block + i);
+    c[1][i] = static_cast<uint64_t>(row);
+    c[2][i] = static_cast<uint64_t>(a.stream);
+    c[3][i] = static_cast<uint64_t>(a.stream) >> 32;
   }
   philox(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   for (int64_t i = 0; i < kBlocks; ++i)
-    for (int64_t w = 0; w < 4; ++w) words[4 * i + w] = c[w][i];
+    for (int64_t w = 0; w < 4; ++w) words[4 * i + w] = static_cast<uint32_t>(c[w][i]);
 }
 
 inline float minus_log2(float x) {
@@ -72,9 +74,10 @@ bool race(const MasksDraw& a, uint64_t seed, int64_t row, const float* weights, 
       const float uniform = (static_cast<float>(static_cast<int32_t>(words[i] >> 9)) + 0.5f) *
                             1.1920928955078125e-7f;  // 2^-23
       const float time = minus_log2(uniform);
-      const uint32_t positive = bits_of(time / weight[i]);
-      words[i] = weight[i] > 0.0f ? positive : kZeroWeight + bits_of(time);
-      bad |= weight[i] >= 0.0f && weight[i] <= 3.402823466e38f ? 0u : 1u;
+      const uint32_t positive = bits_of(time / weight[i]), bits = bits_of(weight[i]);
+      const uint32_t is_zero = bits << 1 == 0 ? ~0u : 0u;
+      words[i] = (positive & ~is_zero) | ((kZeroWeight + bits_of(time)) & is_zero);
+      bad |= (bits > 0x7F7FFFFFu ? ~0u : 0u) & ~is_zero;  // a sign, infinity or NaN
     }
     memcpy(keys + begin, words, static_cast<size_t>(n) * 4);
   }

@@ -159,6 +159,10 @@ inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float max_across(Vec a) { return _mm512_reduce_max_ps(a.v); }
 // a with the lanes from n on set to 0.
 inline Vec keep_first(Vec a, int64_t n) { return {_mm512_maskz_mov_ps(first(n), a.v)}; }
+// Lane by lane: yes where a < b, else no.
+inline Vec pick_less(Vec a, Vec b, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
 inline Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -244,6 +248,9 @@ inline float max_across(Vec a) {
 inline Vec keep_first(Vec a, int64_t n) {
   return {_mm256_and_ps(a.v, _mm256_castsi256_ps(first(n)))};
 }
+inline Vec pick_less(Vec a, Vec b, Vec yes, Vec no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
 inline Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -328,6 +335,9 @@ inline float max_across(Vec a) {
 }
 inline Vec keep_first(Vec a, int64_t n) {
   return each([&](int i) { return i < n ? a.v[i] : 0.0f; });
+}
+inline Vec pick_less(Vec a, Vec b, Vec yes, Vec no) {
+  return each([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
 }
 inline Vec round(Vec a) {
   return each([&](int i) { return __builtin_rintf(a.v[i]); });
@@ -423,6 +433,15 @@ inline void parallel_for(int64_t n, int64_t threads, Body body) {
   (void)threads;
 #endif
   for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+// Which of the `threads` of parallel_for runs this: the index of its scratch.
+inline int64_t thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
 // body(chunk, begin, end) over the fixed row chunks of kernels.h.

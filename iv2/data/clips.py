@@ -15,7 +15,20 @@ from typing import Any
 import numpy as np
 
 VIDEO_SUFFIXES = frozenset(
-    ".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
+    (
+        ".avi",
+        ".flv",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".ogv",
+        ".ts",
+        ".webm",
+        ".wmv",
+    )
 )
 
 
@@ -47,7 +60,7 @@ def read_list(path: str | Path) -> list[Sample]:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"read_list: path must be a folder or a list, got {path}: not found")
+        raise FileNotFoundError(f"read_list: path must be a folder or a list, got {path}")
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
         samples = [Sample(str(p)) for p in files if p.is_file()]
@@ -162,7 +175,7 @@ def tsn_indices(
 def sparse_indices(n: int, num_frames: int, rng: np.random.Generator) -> list[int]:
     """Fine-tuning, training: a frame of each of num_frames equal parts of [0, n - 1].
 
-    Part i reaches from round(s i) to round(s (i + 1)), both included, with s = (n - 1) / num_frames.
+    Part i reaches from round(s i) to round(s (i + 1)), both included; s = (n - 1) / num_frames.
     """
     _check("sparse_indices", n, num_frames)
     edges = [round((n - 1) / num_frames * i) for i in range(num_frames + 1)]
@@ -189,9 +202,7 @@ def sparse_test_indices(
     return [min(round(part * i) + shift, n - 1) for i in range(num_frames)]
 
 
-def interval_indices(
-    n: int, num_frames: int, rng: np.random.Generator | None = None
-) -> list[int]:
+def interval_indices(n: int, num_frames: int, rng: np.random.Generator | None = None) -> list[int]:
     """Stage 2: a frame of each interval between int(linspace(0, n, num_frames + 1)).
 
     Args:

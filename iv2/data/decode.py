@@ -3,8 +3,8 @@
 Frame numbers are presentation order. Opening a video reads its packets without decoding them; their
 timestamps say which frames exist and where the keyframes are, whatever the header claims. The
 wanted frames are then reached by decoding on or by seeking to a keyframe, whichever decodes fewer
-frames, and are recognised by their timestamps, so that both ways give the same frames. Where seeking
-lands in the wrong place (open GOPs, damaged indices), the file is decoded from its start.
+frames, and are recognised by their timestamps, so that both ways give the same frames. Where a
+seek lands in the wrong place (damaged indices), the file is decoded from its start.
 """
 
 import io
@@ -21,6 +21,7 @@ import av
 import numpy as np
 import torch
 from av.error import FFmpegError
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from torch import Tensor
@@ -31,7 +32,6 @@ Size = tuple[int, int] | int | None
 
 # Frames whose decoding costs as much as a seek; where frames are reordered, two more are lost.
 _SEEK_COST = 0
-_ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: cover art of an audio file
 
 
 class DecodeError(Exception):
@@ -189,8 +189,9 @@ class Video:
         else:
             source = str(source)
         self._container = av.open(source, metadata_errors="ignore")
+        # an attached picture is the cover art of an audio file
         streams = [
-            s for s in self._container.streams.video if not int(s.disposition) & _ATTACHED_PICTURE
+            s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic
         ]
         if not streams:
             raise DecodeError(self.path, "no video stream")
@@ -211,6 +212,7 @@ class Video:
                 keys.append(packet.pts)
             if packet.is_discard:
                 hidden.add(packet.pts)
+        self._check_whole(len(pts))
         unit = float(self._stream.time_base or 0)
         known = [p for p in pts if p is not None]
         if not pts:
@@ -224,6 +226,12 @@ class Video:
         if not self._shown:
             raise DecodeError(self.path, "no frames")
         self.times = [(p - self._shown[0]) * unit for p in self._shown]
+
+    def _check_whole(self, packets: int) -> None:
+        """Refuse a file whose own index points behind its end."""
+        entries = getattr(self._stream, "index_entries", ())
+        if len(entries) and entries[-1].pos + entries[-1].size > self._container.size:
+            raise DecodeError(self.path, f"truncated: {packets} of {len(entries)} frames")
 
     def _count_frames(self) -> None:
         """Index a file whose packets carry no usable timestamps, by decoding it."""

@@ -211,9 +211,7 @@ class VideoDataset:
         frames = self._decode(index, rng) if frames is None else frames[self._numbers(frames, rng)]
         # The released code does not mirror Something-Something either: it tells left from right.
         may_flip = self.samples[index].attributes.get("source") != "ssv2"
-        view = draw_view(
-            self.config.crop, frames.shape[1], frames.shape[2], rng, may_flip=may_flip
-        )
+        view = draw_view(self.config.crop, frames.shape[1], frames.shape[2], rng, may_flip=may_flip)
         return look(frames, view, dtype=torch.float32 if self.config.normalise else torch.uint8)
 
     def _decode(self, index: int, rng: np.random.Generator) -> Tensor:  # [T, H, W, 3]
@@ -302,6 +300,7 @@ class Batches(Iterator[dict[str, Any]]):
         started = time.perf_counter()
         if self._batches is None:
             self._batches = self._start()
+        batch: dict[str, Any]
         batch, skipped = next(self._batches)
         self.wait_seconds += time.perf_counter() - started
         self.position += self.batch_size * self.world
@@ -399,7 +398,7 @@ class Batches(Iterator[dict[str, Any]]):
 
 
 class _Requests:
-    """What the workers are to load: a list of (epoch, sample number) for each batch, from now on."""
+    """What to load from now on: a list of (epoch, sample number) for each batch."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches

@@ -16,7 +16,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 SAMPLE_RATE = 16_000
 # Diameters as fractions of the frame; the size coordinate is logarithmic between them.
-SMALLEST, LARGEST = 0.25, 0.625
+SMALLEST, LARGEST = 0.3, 0.7
 # Part of its torus coordinate that a motion covers over the whole clip.
-TRAVEL = (0.32, 0.48)
+TRAVEL = (0.36, 0.49)
 
 _TABLE = 256  # side of a shape's distance table
 _TABLE_HALF = 0.75  # the table covers [-_TABLE_HALF, _TABLE_HALF], in diameters
@@ -135,7 +135,7 @@ def states(clip: Clip, num_frames: int) -> Floats:  # [T, 4]
     axis, sign = MOTIONS[clip.attributes["motion"]]
     state = np.tile(np.asarray(clip.start, np.float64), (num_frames, 1))
     state[:, axis] += sign * clip.travel * np.arange(num_frames) / max(1, num_frames - 1)
-    return (state % 1.0).astype(np.float32)
+    return np.asarray(state % 1.0, np.float32)
 
 
 def _outline(shape: str) -> NDArray[np.float64]:  # [vertices, 2]
@@ -153,11 +153,11 @@ def _outline(shape: str) -> NDArray[np.float64]:  # [vertices, 2]
         points = np.array([(-0.7, -1), (-0.1, -1), (-0.1, 0.4), (0.7, 0.4), (0.7, 1), (-0.7, 1)])
     else:
         raise ValueError(f"toyworld: shape must be one of {SHAPES}, got {shape!r}")
-    points = points - (points.max(0) + points.min(0)) / 2
-    return points / (2 * np.linalg.norm(points, axis=1).max())
+    centred: NDArray[np.float64] = points - (points.max(0) + points.min(0)) / 2
+    return centred / (2 * float(np.linalg.norm(centred, axis=1).max()))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _distance_table(shape: str) -> Floats:  # [_TABLE * _TABLE]
     """Signed distance to the outline, in diameters, negative inside."""
     points = _outline(shape)
@@ -172,7 +172,7 @@ def _distance_table(shape: str) -> Floats:  # [_TABLE * _TABLE]
         if ay != by:
             crosses = (ay > down) != (by > down)
             inside ^= crosses & (right < ax + (down - ay) * ex / ey)
-    return np.where(inside, -nearest, nearest).astype(np.float32).ravel()
+    return np.where(inside, -nearest, nearest).ravel().astype(np.float32)
 
 
 def _coverage(shape: str, state: Floats, size: int) -> Floats:  # [T, size, size]
@@ -188,10 +188,11 @@ def _coverage(shape: str, state: Floats, size: int) -> Floats:  # [T, size, size
     for index in (column, row):
         index += _TABLE / 2
         np.clip(index, 0, _TABLE - 1, out=index)
-    distance = _distance_table(shape).take(row.astype(np.int32) * _TABLE + column.astype(np.int32))
-    distance *= -size * diameter[:, :, None]
-    distance += 0.5
-    return np.clip(distance, 0, 1, out=distance)
+    cell = row.astype(np.int32) * _TABLE + column.astype(np.int32)
+    cover: Floats = _distance_table(shape)[cell]
+    cover *= -size * diameter[:, :, None]
+    cover += 0.5
+    return cover.clip(0, 1)
 
 
 def _texture(kind: str, size: int, rng: np.random.Generator) -> Floats:  # [size, size]
@@ -217,7 +218,7 @@ def _texture(kind: str, size: int, rng: np.random.Generator) -> Floats:  # [size
         pattern = rows[:, low] * (1 - part) + rows[:, low + 1] * part
     else:
         raise ValueError(f"toyworld: background must be one of {BACKGROUNDS}, got {kind!r}")
-    return pattern.astype(np.float32)
+    return np.asarray(pattern, np.float32)
 
 
 def render(
@@ -228,13 +229,13 @@ def render(
     rng = _rng(seed, 3, index)
     light = (0.92 + 0.16 * rng.random(3)).astype(np.float32)
     pattern = _texture(names["background"], size, rng)[..., None] * clip.contrast
-    back = np.float32(TONES[names["tone"]]) + pattern  # [size, size, 3]
-    front = np.float32(COLOURS[names["colour"]])
+    back = np.array(TONES[names["tone"]], np.float32) + pattern  # [size, size, 3]
+    front = np.array(COLOURS[names["colour"]], np.float32)
     back, front = back * light * 255, np.clip(front * light, 0, 1) * 255
     cover = _coverage(names["shape"], states(clip, num_frames), size)
     frames = cover[..., None] * (front - back)
     frames += back + np.float32(0.5)
-    return np.clip(frames, 0, 255, out=frames).astype(np.uint8)
+    return np.asarray(frames.clip(0, 255), np.uint8)
 
 
 # ---- sounds
@@ -269,7 +270,7 @@ def synthesise(
         wave = np.sum(tones, 0) / 3
     else:
         raise ValueError(f"toyworld: sound must be one of {SOUNDS}, got {sound!r}")
-    return np.clip(wave * (0.3 + 0.4 * loudness), -1, 1).astype(np.float32)
+    return np.asarray(np.clip(wave * (0.3 + 0.4 * loudness), -1, 1), np.float32)
 
 
 # ---- words

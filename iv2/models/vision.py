@@ -275,7 +275,9 @@ class VisionEncoder(nn.Module):
     ) -> Predictions:
         """Encode a batch and run the decoders; the arguments are those of ``forward``."""
         c, grid = self.config, self.grid_of(video)
-        out = self(video, ids_keep, seeds=seeds, layers=c.clip_layers + c.mae_layers)
+        has_final = hasattr(self, "final_clip_decoder")
+        layers = c.clip_layers + c.mae_layers
+        out = self(video, ids_keep, seeds=seeds, layers=layers, pool=has_final)
         clip: list[Tensor] = []
         mae: list[Tensor] = []
         if c.clip_layers:
@@ -286,7 +288,6 @@ class VisionEncoder(nn.Module):
             table = self.position(grid, "mae_")
             for i, decoder in zip(c.mae_layers, self.mae_decoder, strict=True):
                 mae.append(decoder(_add_position(out.layers[i][:, 1:], table, ids_keep)))
-        has_final = hasattr(self, "final_clip_decoder")
         return Predictions(clip, self.final_clip_decoder(out.pooled) if has_final else None, mae)
 
     def logits(

@@ -115,7 +115,7 @@ def return_layers(depth: int, count: int, interval: float) -> tuple[int, ...]:
 
 VISION: dict[str, VisionConfig] = {
     "tiny": VisionConfig(
-        embed_dim=192, depth=4, num_heads=3, mlp_ratio=4, img_size=56, clip_embed_dim=192
+        embed_dim=128, depth=4, num_heads=4, mlp_ratio=4, img_size=56, clip_embed_dim=128
     ),
     "s": VisionConfig(embed_dim=384, depth=12, num_heads=6, mlp_ratio=4),
     "b": VisionConfig(embed_dim=768, depth=12, num_heads=12, mlp_ratio=4),

@@ -75,7 +75,7 @@ class Finetune(nn.Module):
             logits = self.model.logits(video, seeds=batch["seeds"])
         else:
             logits = self.model.logits(video)
-        parts = logits.split([len(values) for values in self.classes.values()], dim=1)
+        parts = torch.split(logits, [len(v) for v in self.classes.values()], dim=1)
         return dict(zip(self.classes, parts, strict=True))
 
     def targets(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -95,7 +95,9 @@ class Finetune(nn.Module):
             for value, path in zip(row, batch["paths"], strict=True):
                 if value not in index:
                     known = ", ".join(map(str, self.classes[name]))
-                    raise ValueError(f"Finetune: {name} must be one of {known}, got {value}: {path}")
+                    raise ValueError(
+                        f"Finetune: {name} must be one of {known}, got {value}: {path}"
+                    )
             numbers[name] = torch.tensor([index[value] for value in row], device=device)
         return numbers
 
@@ -121,7 +123,7 @@ def find_classes(samples: Sequence[Sample], attributes: Sequence[str]) -> dict[s
     """
     classes: dict[str, list[Any]] = {}
     for name in attributes or (LABEL,):
-        found = [s.label if name == LABEL else s.attributes.get(name) for s in samples]
+        found: list[Any] = [s.label if name == LABEL else s.attributes.get(name) for s in samples]
         for sample, value in zip(samples, found, strict=True):
             if value is None:
                 raise ValueError(f"find_classes: {name} must be given for each clip: {sample.path}")

@@ -1,4 +1,4 @@
-"""Stage 1: a student that sees a fifth of a clip predicts what frozen teachers make of all of it."""
+"""Stage 1: a student that sees a fifth of a clip predicts what frozen teachers make of it all."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Stage1(nn.Module):
         """
         video, seeds = batch["video"], batch["seeds"]
         seen = every_frame(video, self.stride)
-        first, second = self.targets(video)
+        first, second = self.targets(video, seen)
         sums: dict[str, Tensor] = {}
         for stream in range(self.config.num_masks):
             ids_keep = self.masks(seen, seeds, first, stream)
@@ -87,12 +87,15 @@ class Stage1(nn.Module):
         return {name: total / self.config.num_masks for name, total in sums.items()}
 
     @torch.no_grad()
-    def targets(self, video: Tensor) -> tuple[TeacherOutput | None, TeacherOutput | None]:
+    def targets(
+        self,
+        video: Tensor,  # uint8 [B, T, H, W, 3] | float [B, 3, T, H, W]
+        seen: Tensor,  # the student's frames of it
+    ) -> tuple[TeacherOutput | None, TeacherOutput | None]:
         """What the teachers give for a batch; the first sees the student's frames."""
         clip_teacher, mae_teacher = self._teachers
-        # Released InternVL runs under autocast with a float32 stream; here the weights' dtype rules.
         with torch.autocast(video.device.type, enabled=False):
-            first = None if clip_teacher is None else clip_teacher(every_frame(video, self.stride))
+            first = None if clip_teacher is None else clip_teacher(seen)
             second = None if mae_teacher is None else mae_teacher(video)
         return first, second
 
@@ -112,10 +115,12 @@ class Stage1(nn.Module):
                 seeds, frames, per_frame, num_kept(per_frame, config.mask_ratio), stream=stream
             )
         if config.mask == "random":
-            return random_mask(seeds, per_clip, num_kept(per_clip, config.mask_ratio), stream=stream)
+            return random_mask(
+                seeds, per_clip, num_kept(per_clip, config.mask_ratio), stream=stream
+            )
         if first is None or first.attention is None:
             raise ValueError(
-                "Stage1: mask must be tube or random with a teacher without pooling map, got attention"
+                "Stage1: mask must be tube or random without a pooling map, got attention"
             )
         if first.attention[0].numel() != per_clip:
             raise ValueError(
@@ -154,10 +159,11 @@ class Stage1(nn.Module):
         mae_teacher, own = self._teachers[1], self.student.config.tubelet_size
         if mae_teacher is None:
             return 1
-        theirs: int = mae_teacher.encoder.config.tubelet_size
+        encoder: Any = mae_teacher.encoder
+        theirs: int = encoder.config.tubelet_size
         if theirs % own:
             raise ValueError(
-                f"Stage1: tubelets of mae_teacher must be a multiple of the student's {own} frames, "
+                f"Stage1: tubelets of mae_teacher must be a multiple of the student's {own}, "
                 f"got {theirs}"
             )
         return theirs // own
@@ -192,13 +198,15 @@ def every_frame(video: Tensor, stride: int) -> Tensor:
     if stride == 1:
         return video
     # Contiguous, since both a teacher and the student read it, by patches.
-    return (video[:, ::stride] if video.dtype == torch.uint8 else video[:, :, ::stride]).contiguous()
+    return (
+        video[:, ::stride] if video.dtype == torch.uint8 else video[:, :, ::stride]
+    ).contiguous()
 
 
 def fit_decoders(
     config: VisionConfig, clip_teacher: Teacher | None, mae_teacher: Teacher | None
 ) -> VisionConfig:
-    """The student's configuration with as many decoders, and as wide, as the teachers have layers."""
+    """The student's configuration with decoders as many, and as wide, as the teachers' layers."""
     fields: dict[str, int] = {"clip_return_layer": 0, "mae_return_layer": 0}
     if clip_teacher is not None:
         fields |= {
@@ -255,8 +263,9 @@ def _layers_loss(
 ) -> Tensor:
     """Mean over the layers; each pairs with the teacher's layer of the same place."""
     rows = teacher.rows(ids_keep)
+    norms: list[Any] = [decoder.norm for decoder in decoders]
     losses = [
-        distill_loss(x, target, decoder.norm.weight, decoder.norm.bias, ids=rows, eps=decoder.norm.eps)
-        for x, target, decoder in zip(predictions, teacher.tokens, decoders, strict=True)
+        distill_loss(x, target, norm.weight, norm.bias, ids=rows, eps=norm.eps)
+        for x, target, norm in zip(predictions, teacher.tokens, norms, strict=True)
     ]
     return torch.stack(losses).mean()

@@ -20,6 +20,11 @@ def _rows(ids: Tensor | None, target_rows: int) -> Tensor | None:
     return ids.long().contiguous()
 
 
+def _unit(rows: int, dim: int) -> float:
+    # A power of two: scaling by it rounds nothing.
+    return 2.0 ** (rows * dim).bit_length()
+
+
 def distill_loss_fwd(
     x: Tensor,
     target: Tensor,
@@ -64,6 +69,7 @@ def distill_loss_fwd(
         DTYPE[x.dtype],
         DTYPE[target.dtype],
         float(eps),
+        _unit(rows, dim),
         torch.get_num_threads(),
     )
     return loss, dx, dweight, dbias
@@ -73,7 +79,7 @@ def distill_loss_bwd(
     dloss: Tensor, dx_unit: Tensor, dweight_unit: Tensor, dbias_unit: Tensor, rows: int, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See csrc/kernels.h: DistillLossBwd."""
-    scale = float(dloss) / max(rows * dim, 1)
+    scale = float(dloss) / _unit(rows, dim)
     dx = torch.empty_like(dx_unit)
     if dx.numel() > 0:
         _C.distill_loss_bwd(

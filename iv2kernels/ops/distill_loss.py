@@ -54,8 +54,9 @@ def distill_loss(
             gradient.
 
     The gradients are found in the forward pass, row by row, and backward only scales them: dx (in
-    x.dtype) is saved, x and target are not, and no gathered or normalised copy is made. Replaces
-    gather, LayerNorm, two L2 norms and the loss of InternVideo2's decoders.
+    x.dtype, in the end rounded twice unless the loss's gradient is a power of two) is saved, x and
+    target are not, and no gathered or normalised copy is made. Replaces gather, LayerNorm, two L2
+    norms and the loss of InternVideo2's decoders.
 
     Wang et al., InternVideo2, 2024, arXiv:2403.15377; Li et al., Unmasked Teacher, 2023,
     arXiv:2303.16058.

@@ -21,40 +21,65 @@ def linear(
     """Multiply by a weight and add a bias: ``x @ weight.T + bias``.
 
     Args:
-        x: Floating point.
+        x: float32, bfloat16, float16 (float64: reference). Under autocast all three are cast.
         weight: In x's dtype.
         bias: In x's dtype, or None.
         impl: Implementation; None lets dispatch choose. ``torch`` is oneDNN's GEMM, which torch
-            leaves to MKL in float32.
+            leaves to MKL in float32; float16 goes through float32 on a CPU without such a GEMM.
 
     Returns:
         [..., C_out] in x.dtype.
 
     Raises:
         ValueError: weight is not [C_out, C_in] or bias not [C_out].
-        TypeError: dtypes differ.
+        TypeError: x is not floating point, or dtypes differ outside autocast.
 
     Saves x and weight for backward. Replaces torch.nn.functional.linear.
     """
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"linear: weight must be [C_out, {x.shape[-1] if x.dim() else 'C_in'}] for x "
-            f"{list(x.shape)}, got {list(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear: bias must be [{weight.shape[0]}], got {list(bias.shape)}")
-    if not torch.is_autocast_enabled(x.device.type):
-        for argument, value in (("weight", weight), ("bias", bias)):
-            if value is not None and value.dtype != x.dtype:
-                raise TypeError(f"linear: {argument} must be {x.dtype}, like x, got {value.dtype}")
-    elif x.is_floating_point():
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    check_layer("linear", "weight", "bias", x, weight, bias)
+    x, weight, bias = under_autocast("linear", {"x": x, "weight": weight, "bias": bias})
     name = dispatch.choose("linear", x, impl)
     if name == "reference":
         return reference(x, weight, bias)
     return _Linear.apply(x, weight, bias, name)  # type: ignore[no-any-return]
+
+
+def check_layer(
+    op: str,
+    weight_name: str,
+    bias_name: str,
+    x: Tensor,  # [..., C_in]
+    weight: Tensor,  # [C_out, C_in]
+    bias: Tensor | None,  # [C_out]
+) -> None:
+    """Raise unless weight and bias are those of a linear layer that takes x."""
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: {weight_name} must be [C_out, {x.shape[-1] if x.dim() else 'C_in'}] for x "
+            f"{list(x.shape)}, got {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: {bias_name} must be [{weight.shape[0]}], got {list(bias.shape)}")
+
+
+def under_autocast(op: str, tensors: dict[str, Tensor | None]) -> Any:
+    """The tensors in autocast's dtype where it is on, as torch's own linear takes them.
+
+    Raises:
+        TypeError: autocast is off and a dtype differs from that of the first tensor.
+    """
+    x, *_ = tensors.values()
+    assert x is not None
+    # float64 is left alone by autocast
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return tuple(None if value is None else value.to(dtype) for value in tensors.values())
+    for argument, value in tensors.items():
+        if value is not None and value.dtype != x.dtype:
+            raise TypeError(f"{op}: {argument} must be {x.dtype}, like x, got {value.dtype}")
+    return tuple(tensors.values())
 
 
 def reference(

@@ -137,7 +137,9 @@ def attention_guided_mask(
     if not weights.is_floating_point():
         raise TypeError(f"{op}: weights must be floating point, got {weights.dtype}")
     if weights.device != seeds.device:
-        raise ValueError(f"{op}: weights must be on {seeds.device}, like seeds, got {weights.device}")
+        raise ValueError(
+            f"{op}: weights must be on {seeds.device}, like seeds, got {weights.device}"
+        )
     weights = weights.detach().float()
     return _draw(op, seeds, weights, weights.shape[2], num_keep, 1, stream, impl)
 

@@ -1,0 +1,26 @@
+"""Inputs and work of attention: what is timed is what is tested."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# (B, N, heads, head_dim): stage-1 students S and 1B, then all tokens of a clip; strided qkv views
+SHAPES = [(4, 417, 6, 64), (2, 417, 16, 88), (1, 2049, 6, 64), (1, 2049, 16, 88)]
+WRT = ("q", "k", "v")
+
+
+def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The arguments of the op, by name: views of one packed projection."""
+    batch, tokens, heads, head_dim = shape
+    g = torch.Generator().manual_seed(0)
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim, generator=g).to(dtype)
+    q, k, v = qkv.unbind(2)
+    return {"q": q, "k": k, "v": v}
+
+
+def work(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Flops and bytes of the forward pass."""
+    batch, tokens, heads, head_dim = shape
+    elements = batch * tokens * heads * head_dim
+    return 4 * elements * tokens, 4 * elements * dtype.itemsize

@@ -1,0 +1,28 @@
+"""Inputs and work of linear: what is timed is what is tested."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# (rows, C_in, C_out): qkv of S and 1B, proj of S, the decoder of the 6B teacher
+SHAPES = [(4 * 417, 384, 1152), (4 * 417, 384, 384), (4 * 417, 1408, 4224), (4 * 417, 384, 3200)]
+WRT = ("x", "weight", "bias")
+
+
+def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The arguments of the op, by name."""
+    rows, c_in, c_out = shape
+    g = torch.Generator().manual_seed(0)
+    return {
+        "x": torch.randn(rows, c_in, generator=g).to(dtype),
+        "weight": (torch.randn(c_out, c_in, generator=g) * c_in**-0.5).to(dtype),
+        "bias": (0.1 * torch.randn(c_out, generator=g)).to(dtype),
+    }
+
+
+def work(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Flops and bytes of the forward pass."""
+    rows, c_in, c_out = shape
+    elements = rows * c_in + rows * c_out + c_in * c_out
+    return 2 * rows * c_in * c_out, elements * dtype.itemsize

@@ -1,0 +1,540 @@
+// attention.cpp - o = softmax(q k^T scale) v and its gradients, without the score matrix.
+//
+// Forward: a task is one kv head of one sequence and some of its query blocks. It packs the keys
+// (transposed) and values into its scratch, where they stay in cache, and for 64 queries at a time
+// runs over blocks of 64 keys: scores, online softmax with a lazily raised maximum, P v. The
+// maximum and the scores are in units of log2, so that exp2 serves. P overwrites the scores as an
+// operand A. Backward: a task is one kv head of one sequence and a fixed chunk of its keys; for
+// each block of keys it runs over the queries with S^T = k q^T recomputed from lse, so that P^T and
+// dS^T come out as operands for dv and dk, and dS (the same words, read along columns) for dq. All
+// sums are fp32 and stay in scratch; with several chunks dq is summed from their parts, in order.
+// Bound by the multipliers; exp2 and packing take a tenth to a fifth.
+#include "../kernels.h"
+#include "gemm.h"
+
+namespace iv2::IV2_ISA {
+namespace {
+
+constexpr int64_t kBlock = kAttentionBlock;
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
+constexpr float kInfinity = __builtin_inff();
+// Scores may exceed the maximum in use by this much (2^8 in P) before the sums are rescaled.
+constexpr float kSlack = 8.0f;
+
+// +inf where a key is visible, for min(mask, scores).
+struct MaskTable {
+  float v[3 * kBlock];
+  constexpr MaskTable() : v() {
+    for (int64_t i = 0; i < 3 * kBlock; ++i)
+      v[i] = i >= kBlock && i < 2 * kBlock ? -kInfinity : kInfinity;
+  }
+};
+constexpr MaskTable kMask;
+inline const float* keep_below(int64_t limit) { return kMask.v + kBlock - limit; }
+inline const float* keep_from(int64_t first) { return kMask.v + 2 * kBlock - first; }
+
+// 2^x for x <= kSlack; NaN stays NaN. The polynomials are minimax on [-1/2, 1/2]: relative error
+// 2e-9, and 3e-6 where the result is rounded to bf16.
+template <class Words>
+inline Vec exp2_below(Vec x) {
+  x = max(set(-160.0f), x);
+  const Vec n = round(x), f = sub(x, n);
+  Vec p;
+  if constexpr (Words::per_word == 2) {
+    p = fma(set(9.5701019e-3f), f, set(5.5917860e-2f));
+    p = fma(p, f, set(2.40247448e-1f));
+    p = fma(p, f, set(6.93121815e-1f));
+  } else {
+    p = fma(set(1.53458120e-4f), f, set(1.33999312e-3f));
+    p = fma(p, f, set(9.61848896e-3f));
+    p = fma(p, f, set(5.55032878e-2f));
+    p = fma(p, f, set(2.40226466e-1f));
+    p = fma(p, f, set(6.93147206e-1f));
+  }
+  return scale_by_power(fma(p, f, set(1.0f)), n);
+}
+
+// Where one sequence begins: its row in a strided tensor, its token number, its length.
+struct Sequence {
+  int64_t batch, q_row, q_token, q_len, k_row, k_token, k_len;
+  int64_t unseen;  // causal: query i sees keys up to i - unseen
+};
+template <class Args>
+inline Sequence sequence(const Args& a, int64_t b) {
+  Sequence s{b, 0, b * a.q_len, a.q_len, 0, b * a.k_len, a.k_len, 0};
+  if (a.cu_seqlens_q) {
+    const int64_t q = a.cu_seqlens_q[b], k = a.cu_seqlens_k[b];
+    s = {0, q, q, a.cu_seqlens_q[b + 1] - q, k, k, a.cu_seqlens_k[b + 1] - k, 0};
+  }
+  s.unseen = s.q_len - s.k_len;
+  return s;
+}
+
+// Packs rows of q, k or v of one head, from token `first` of a sequence on.
+template <class Words>
+struct Packer {
+  int64_t dim, ld;
+  explicit Packer(int64_t head_dim) : dim(head_dim), ld(round_up(words<Words>(head_dim), 16)) {}
+
+  template <class T, class Args>
+  void queries(const Args& a, const Sequence& s, int64_t head, int64_t first, int64_t n,
+               int64_t n_padded, float* dst) const {
+    const T* rows = static_cast<const T*>(a.q) + s.batch * a.q_batch +
+                    (s.q_row + first) * a.q_token + head * a.q_head;
+    pack_rows<Words>(rows, a.q_token, n, n_padded, dim,
+                     a.q_gain ? a.q_rstd + s.q_token + first : nullptr,
+                     a.q_gain ? a.q_gain + head * dim : nullptr, dst, ld);
+  }
+  template <class T, class Args>
+  void keys(const Args& a, const Sequence& s, int64_t head, int64_t first, int64_t n,
+            int64_t n_padded, float* dst) const {
+    const T* rows = static_cast<const T*>(a.k) + s.batch * a.k_batch +
+                    (s.k_row + first) * a.k_token + head * a.k_head;
+    pack_rows<Words, T>(rows, a.k_token, n, n_padded, dim, nullptr, nullptr, dst, ld);
+  }
+  template <class T, class Args>
+  void values(const Args& a, const Sequence& s, int64_t head, int64_t first, int64_t n,
+              float* dst) const {
+    const T* rows = static_cast<const T*>(a.v) + s.batch * a.v_batch +
+                    (s.k_row + first) * a.v_token + head * a.v_head;
+    pack_rows<Words, T>(rows, a.v_token, n, n, dim, nullptr, nullptr, dst, ld);
+  }
+};
+
+inline float* take(float*& p, int64_t floats) {
+  float* taken = p;
+  p += floats;
+  return taken;
+}
+
+// ---------------------------------------------------------------- forward
+
+struct FwdScratch {
+  int64_t pad;
+  float *keys, *values, *k_scale;          // of a sequence: [blocks, pad, 64], [.., 64, pad], [.., 64]
+  float *rows, *q, *scores, *out;          // tiles of 64 rows
+  float *peak, *sums;                      // of a query: the maximum in use; [64, Vec::size]
+  explicit FwdScratch(const AttentionFwd& a) : pad(attention_pad(a.head_dim)) {
+    const int64_t blocks = attention_blocks(a.k_len);
+    float* p = a.scratch + thread_index() * attention_fwd_scratch(a.head_dim, a.k_len);
+    keys = take(p, blocks * kBlock * pad), values = take(p, blocks * kBlock * pad);
+    k_scale = take(p, blocks * kBlock);
+    rows = take(p, kBlock * pad), q = take(p, kBlock * pad), out = take(p, kBlock * pad);
+    scores = take(p, kBlock * kBlock);
+    peak = take(p, kBlock), sums = take(p, kBlock * 16);
+  }
+};
+
+template <class Words, class T>
+void pack_keys_and_values(const AttentionFwd& a, const Sequence& s, int64_t head,
+                          const FwdScratch& w) {
+  const Packer<Words> pack(a.head_dim);
+  for (int64_t first = 0; first < s.k_len; first += kBlock) {
+    const int64_t n = min_of(kBlock, s.k_len - first), n_padded = round_up(n, 16);
+    pack.template keys<T>(a, s, head, first, n, n_padded, w.rows);
+    transpose_words(w.rows, pack.ld, n_padded, words<Words>(pack.dim), w.keys + first * w.pad,
+                    kBlock);
+    pack.template values<T>(a, s, head, first, n, w.rows);
+    stack_words<Words>(w.rows, pack.ld, n, pack.dim, w.values + first * w.pad, w.pad);
+    for (int64_t j = first; j < first + kBlock; ++j) {
+      const float rstd = j >= s.k_len ? 0.0f : a.k_rstd ? a.k_rstd[s.k_token + j] : 1.0f;
+      w.k_scale[j] = rstd * static_cast<float>(a.scale) * kLog2E;
+    }
+  }
+}
+
+// Raises the maximum of one query to `top`: what was summed shrinks.
+inline void rescale(float top, float* peak, float* sums, float* out, int64_t dim) {
+  if (*peak > -kInfinity) {
+    const Vec shrink = exp2(set(*peak - top));
+    store(sums, mul(load(sums), shrink));
+    for (int64_t i = 0; i < dim; i += Vec::size) store(out + i, mul(load(out + i), shrink));
+  }
+  *peak = top;
+}
+
+// Probabilities as words of an operand A.
+template <class Words, int kVecs>
+inline void store_words(float* dst, const Vec* p) {
+  if constexpr (Words::per_word == 1) {
+    for (int v = 0; v < kVecs; ++v) store(dst + v * Vec::size, p[v]);
+  } else {
+#if defined(__AVX512BF16__)
+    for (int v = 0; v + 1 < kVecs; v += 2)
+      _mm512_storeu_si512(dst + v * 8,
+                          reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p[v + 1].v, p[v].v)));
+    if (kVecs % 2) store(reinterpret_cast<bf16*>(dst) + (kVecs - 1) * 16, p[kVecs - 1]);
+#endif
+  }
+}
+
+// One block of scores to probabilities, in place. Query r sees `visible` + r * step of the keys.
+template <class Words, int kVecs>
+void softmax_block(const FwdScratch& w, int64_t rows, const float* k_scale, int64_t visible,
+                   int64_t step, int64_t dim) {
+  for (int64_t r = 0; r < rows; ++r, visible += step) {
+    float* s = w.scores + r * kBlock;
+    Vec y[kVecs];
+    for (int v = 0; v < kVecs; ++v)
+      y[v] = mul(load(s + v * Vec::size), load(k_scale + v * Vec::size));
+    if (visible < kVecs * Vec::size) {
+      const float* mask = keep_below(max_of<int64_t>(visible, 0));
+      for (int v = 0; v < kVecs; ++v) y[v] = min(load(mask + v * Vec::size), y[v]);
+    }
+    Vec highest = y[0];
+    for (int v = 1; v < kVecs; ++v) highest = max(highest, y[v]);
+    const float top = max_across(highest);
+    float* sums = w.sums + r * 16;
+    if (top > w.peak[r] + kSlack) rescale(top, w.peak + r, sums, w.out + r * w.pad, dim);
+    const Vec base = set(w.peak[r] == -kInfinity ? 0.0f : w.peak[r]);
+    Vec total = load(sums);
+    for (int v = 0; v < kVecs; ++v) {
+      y[v] = exp2_below<Words>(sub(y[v], base));
+      total = add(total, y[v]);
+    }
+    store(sums, total);
+    store_words<Words, kVecs>(s, y);
+  }
+}
+
+template <class Words, int kVecs = kBlock / Vec::size>
+inline void softmax_vecs(int64_t vecs, const FwdScratch& w, int64_t rows, const float* k_scale,
+                         int64_t visible, int64_t step, int64_t dim) {
+  if constexpr (kVecs > 1) {
+    if (vecs < kVecs) {
+      softmax_vecs<Words, kVecs - 1>(vecs, w, rows, k_scale, visible, step, dim);
+      return;
+    }
+  }
+  softmax_block<Words, kVecs>(w, rows, k_scale, visible, step, dim);
+}
+
+template <class T>
+void store_output(const AttentionFwd& a, const Sequence& s, int64_t head, int64_t first,
+                  int64_t rows, const FwdScratch& w) {
+  float* lse = a.lse + (a.cu_seqlens_q ? head * a.total_q + s.q_token
+                                       : (s.batch * a.heads + head) * a.q_len) + first;
+  for (int64_t r = 0; r < rows; ++r) {
+    T* o = static_cast<T*>(a.o) + ((s.q_token + first + r) * a.heads + head) * a.head_dim;
+    const float total = sum(load(w.sums + r * 16));
+    const Vec inverse = set(total == 0.0f ? 0.0f : 1.0f / total);
+    for_each_vec(a.head_dim, [&](int64_t i, int64_t n) {
+      store_at(o, mul(load(w.out + r * w.pad + i), inverse), i, n);
+    });
+    lse[r] = total == 0.0f ? -kInfinity : (w.peak[r] + __builtin_log2f(total)) * kLn2;
+  }
+}
+
+// One block of queries over all keys that they see.
+template <class Words, class T>
+void attend(const AttentionFwd& a, const Sequence& s, int64_t head, int64_t first,
+            const FwdScratch& w) {
+  const Packer<Words> pack(a.head_dim);
+  const int64_t rows = min_of(kBlock, s.q_len - first);
+  const int64_t dim_vecs = (a.head_dim + Vec::size - 1) / Vec::size;
+  pack.template queries<T>(a, s, head, first, rows, rows, w.q);
+  for (int64_t r = 0; r < rows; ++r) {
+    w.peak[r] = -kInfinity;
+    store(w.sums + r * 16, set(0));
+  }
+  int64_t k_len = s.k_len;
+  if (a.causal) k_len = max_of<int64_t>(0, min_of(k_len, first + rows - s.unseen));
+  if (k_len == 0) memset(w.out, 0, static_cast<size_t>(rows * w.pad) * 4);
+  for (int64_t j = 0; j < k_len; j += kBlock) {
+    const int64_t keys = min_of(kBlock, k_len - j), vecs = (keys + Vec::size - 1) / Vec::size;
+    multiply<Words>({w.q, pack.ld, w.keys + j * w.pad, kBlock, w.scores, kBlock,
+                     words<Words>(a.head_dim)}, rows, vecs, false);
+    const int64_t visible = a.causal ? min_of(keys, first + 1 - s.unseen - j) : keys;
+    // In the block of the diagonal visible keys grow by one a row; k_len ends them.
+    const bool diagonal = a.causal && first + 1 - s.unseen - j < keys;
+    softmax_vecs<Words>(vecs, w, rows, w.k_scale + j, visible, diagonal ? 1 : 0, a.head_dim);
+    multiply<Words>({w.scores, kBlock, w.values + j * w.pad, w.pad, w.out, w.pad,
+                     words<Words>(keys)}, rows, dim_vecs, j > 0);
+  }
+  store_output<T>(a, s, head, first, rows, w);
+}
+
+template <class T>
+void fwd(const AttentionFwd& a) {
+  using Words = typename WordsOf<T>::type;
+  const int64_t group = a.heads / a.kv_heads, q_blocks = attention_blocks(a.q_len);
+  // About six tasks a thread, of at least eight blocks, which repay packing the keys again.
+  const int64_t blocks = group * q_blocks, tasks = a.batch * a.kv_heads;
+  const int64_t wanted = max_of<int64_t>(8, blocks * tasks / (6 * a.threads));
+  const int64_t pieces = (blocks + wanted - 1) / wanted;
+  parallel_for(tasks * pieces, a.threads, [&](int64_t task) {
+    const Sequence s = sequence(a, task / (a.kv_heads * pieces));
+    const int64_t kv_head = task / pieces % a.kv_heads, piece = task % pieces;
+    const int64_t all = group * attention_blocks(s.q_len);
+    const int64_t begin = all * piece / pieces, end = all * (piece + 1) / pieces;
+    if (begin == end) return;
+    const FwdScratch w(a);
+    pack_keys_and_values<Words, T>(a, s, kv_head, w);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = kv_head * group + i / attention_blocks(s.q_len);
+      attend<Words, T>(a, s, head, i % attention_blocks(s.q_len) * kBlock, w);
+    }
+  });
+}
+
+// --------------------------------------------------------------- backward
+
+struct BwdScratch {
+  int64_t pad, k_stride;
+  float *q_t, *q, *do_t, *d_o, *dq, *lse, *delta;  // of a sequence, in blocks of 64 queries
+  float *dk, *dv;                                  // of one block of keys, or of a sequence
+  float *rows, *k_rows, *k, *v_rows;               // tiles of 64 rows
+  float *p, *ds, *ds_pairs, *k_scale;
+  BwdScratch(const AttentionBwd& a, int64_t group) : pad(attention_pad(a.head_dim)) {
+    const int64_t q_size = attention_blocks(a.q_len) * kBlock;
+    const int64_t k_size = group > 1 ? attention_blocks(a.k_len) * kBlock : kBlock;
+    k_stride = group > 1 ? pad : 0;
+    float* s = a.scratch +
+               thread_index() * attention_bwd_scratch(a.head_dim, a.q_len, a.k_len, group);
+    q_t = take(s, q_size * pad), q = take(s, q_size * pad);
+    do_t = take(s, q_size * pad), d_o = take(s, q_size * pad), dq = take(s, q_size * pad);
+    lse = take(s, q_size), delta = take(s, q_size);
+    dk = take(s, k_size * pad), dv = take(s, k_size * pad);
+    rows = take(s, kBlock * pad), k_rows = take(s, kBlock * pad);
+    k = take(s, kBlock * pad), v_rows = take(s, kBlock * pad);
+    p = take(s, kBlock * kBlock), ds = take(s, kBlock * kBlock);
+    ds_pairs = take(s, kBlock * kBlock), k_scale = take(s, kBlock);
+  }
+};
+
+// Queries and output gradients of one head, their lse (negated, in units of log2) and delta =
+// sum(do o) - dlse; dq is cleared. Padded queries have probability zero.
+template <class Words, class T>
+void pack_queries(const AttentionBwd& a, const Sequence& s, int64_t head, const BwdScratch& w) {
+  const Packer<Words> pack(a.head_dim);
+  const int64_t lse_row = a.cu_seqlens_q ? head * a.total_q + s.q_token
+                                         : (s.batch * a.heads + head) * a.q_len;
+  for (int64_t first = 0; first < s.q_len; first += kBlock) {
+    const int64_t n = min_of(kBlock, s.q_len - first), n_padded = round_up(n, 32);
+    const int64_t depth = words<Words>(a.head_dim), at = first * w.pad;
+    pack.template queries<T>(a, s, head, first, n, n_padded, w.rows);
+    transpose_words(w.rows, pack.ld, n_padded, depth, w.q_t + at, kBlock);
+    stack_words<Words>(w.rows, pack.ld, n_padded, a.head_dim, w.q + at, w.pad);
+    const int64_t token = (s.q_token + first) * a.heads + head, step = a.heads * a.head_dim;
+    const T* d_o = static_cast<const T*>(a.d_o) + token * a.head_dim;
+    const T* o = static_cast<const T*>(a.o) + token * a.head_dim;
+    pack_rows<Words, T>(d_o, step, n, n_padded, a.head_dim, nullptr, nullptr, w.rows, pack.ld);
+    transpose_words(w.rows, pack.ld, n_padded, depth, w.do_t + at, kBlock);
+    stack_words<Words>(w.rows, pack.ld, n_padded, a.head_dim, w.d_o + at, w.pad);
+    for (int64_t r = 0; r < kBlock; ++r) {
+      Vec dot = set(0);
+      if (r < n) {
+        for_each_vec(a.head_dim, [&](int64_t i, int64_t count) {
+          dot = fma(load_at(d_o + r * step, i, count), load_at(o + r * step, i, count), dot);
+        });
+      }
+      const int64_t row = lse_row + first + r;
+      const float lse = r < n ? a.lse[row] : -kInfinity;
+      w.lse[first + r] = lse == -kInfinity ? -kInfinity : -lse * kLog2E;
+      w.delta[first + r] = sum(dot) - (r < n && a.dlse ? a.dlse[row] : 0.0f);
+    }
+    memset(w.dq + at, 0, static_cast<size_t>(kBlock * w.pad) * 4);
+  }
+}
+
+// One tile of S^T = k q^T and dP^T = v do^T: which queries and keys, and their scalars.
+struct ScoreTile {
+  float *p, *ds, *ds_pairs;  // [keys, 64]: S^T and dP^T in, P^T and dS^T k_scale out
+  const float *k_scale, *lse, *delta;
+  int64_t keys, hidden;  // causal: key j is hidden from the first `hidden` + j queries
+};
+
+template <class Words, int kVecs>
+inline void score_row(const ScoreTile& t, int64_t j, Vec* p, Vec* ds) {
+  const Vec scale = set(t.k_scale[j]), scale2 = set(t.k_scale[j] * kLog2E);
+  const int64_t hidden = min_of(kBlock, t.hidden + j);
+  const float* mask = keep_from(max_of<int64_t>(hidden, 0));
+  for (int v = 0; v < kVecs; ++v) {
+    const int64_t at = v * Vec::size;
+    Vec y = fma(load(t.p + j * kBlock + at), scale2, load(t.lse + at));
+    if (hidden > 0) y = min(load(mask + at), y);
+    p[v] = exp2_below<Words>(y);
+    ds[v] = mul(mul(p[v], scale), sub(load(t.ds + j * kBlock + at), load(t.delta + at)));
+  }
+}
+
+// S^T to P^T and dP^T to dS^T, as words; dS^T a second time in pairs of keys for bf16.
+template <class Words, int kVecs>
+void score_gradients(const ScoreTile& t) {
+  if constexpr (Words::per_word == 1) {
+    for (int64_t j = 0; j < t.keys; ++j) {
+      Vec p[kVecs], ds[kVecs];
+      score_row<Words, kVecs>(t, j, p, ds);
+      store_words<Words, kVecs>(t.p + j * kBlock, p);
+      store_words<Words, kVecs>(t.ds + j * kBlock, ds);
+    }
+  } else {
+#if defined(__AVX512BF16__)
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t j = 0; j < t.keys; j += 2) {
+      for (int64_t i = j; i < j + 2; ++i) {
+        Vec p[kVecs], ds[kVecs];
+        if (i == t.keys) {
+          for (int v = 0; v < kVecs; ++v) ds[v] = set(0);
+        } else {
+          score_row<Words, kVecs>(t, i, p, ds);
+          store_words<Words, kVecs>(t.p + i * kBlock, p);
+        }
+        store_words<Words, kVecs>(t.ds + i * kBlock, ds);
+      }
+      for (int v = 0; v < kVecs; v += 2) {
+        const __m512i even = _mm512_loadu_si512(t.ds + j * kBlock + v * 8);
+        const __m512i odd = _mm512_loadu_si512(t.ds + (j + 1) * kBlock + v * 8);
+        float* out = t.ds_pairs + j / 2 * kBlock + v * 16;
+        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(even, low, odd));
+        _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(even, high, odd));
+      }
+    }
+#endif
+  }
+}
+
+template <class Words, int kVecs = kBlock / Vec::size>
+inline void score_gradients_vecs(int64_t vecs, const ScoreTile& t) {
+  if constexpr (kVecs > Words::per_word) {
+    if (vecs < kVecs) {
+      score_gradients_vecs<Words, kVecs - Words::per_word>(vecs, t);
+      return;
+    }
+  }
+  score_gradients<Words, kVecs>(t);
+}
+
+// One block of keys and one of queries: adds to dk, dv and dq.
+template <class Words>
+void tile_gradients(const AttentionBwd& a, const Sequence& s, int64_t j, int64_t keys, int64_t i,
+                    const BwdScratch& w, float* dk, float* dv) {
+  const int64_t queries = min_of(kBlock, s.q_len - i), ld = round_up(words<Words>(a.head_dim), 16);
+  const int64_t dim_vecs = (a.head_dim + Vec::size - 1) / Vec::size, pad = w.pad;
+  const int64_t vecs = round_up(queries, Vec::size * Words::per_word) / Vec::size;
+  const int64_t depth = words<Words>(a.head_dim), hidden = a.causal ? j + s.unseen - i : -kBlock;
+  multiply<Words>({w.k_rows, ld, w.q_t + i * pad, kBlock, w.p, kBlock, depth}, keys, vecs, false);
+  multiply<Words>({w.v_rows, ld, w.do_t + i * pad, kBlock, w.ds, kBlock, depth}, keys, vecs, false);
+  score_gradients_vecs<Words>(
+      vecs, {w.p, w.ds, w.ds_pairs, w.k_scale, w.lse + i, w.delta + i, keys, hidden});
+  const int64_t q_words = words<Words>(queries);
+  multiply<Words>({w.p, kBlock, w.d_o + i * pad, pad, dv, pad, q_words}, keys, dim_vecs, true);
+  multiply<Words>({w.ds, kBlock, w.q + i * pad, pad, dk, pad, q_words}, keys, dim_vecs, true);
+  const float* ds = Words::per_word == 1 ? w.ds : w.ds_pairs;
+  multiply<Words, true>({ds, kBlock, w.k, pad, w.dq + i * pad, pad, words<Words>(keys)}, queries,
+                        dim_vecs, true);
+}
+
+template <class T>
+void store_rows(const float* src, int64_t ld, int64_t n, int64_t dim, T* dst, int64_t step) {
+  for (int64_t r = 0; r < n; ++r) {
+    for_each_vec(dim, [&](int64_t i, int64_t count) {
+      store_at(dst + r * step, load(src + r * ld + i), i, count);
+    });
+  }
+}
+
+template <class T>
+void store_key_gradients(const AttentionBwd& a, const Sequence& s, int64_t kv_head, int64_t j,
+                         int64_t keys, const float* dk, const float* dv) {
+  const int64_t pad = attention_pad(a.head_dim), at = kv_head * a.head_dim;
+  const int64_t token = s.k_token + j;
+  store_rows(dv, pad, keys, a.head_dim, static_cast<T*>(a.dv) + token * a.dkv_token + at,
+             a.dkv_token);
+  const int64_t width = a.kv_heads * a.head_dim;
+  if (a.dk)
+    store_rows(dk, pad, keys, a.head_dim, static_cast<T*>(a.dk) + token * a.dkv_token + at,
+               a.dkv_token);
+  else
+    store_rows(dk, pad, keys, a.head_dim, a.dk_direct + token * width + at, width);
+}
+
+template <class T>
+void store_query_gradients(const AttentionBwd& a, const Sequence& s, int64_t head, int64_t chunk,
+                           const float* dq) {
+  const int64_t pad = attention_pad(a.head_dim), at = head * a.head_dim;
+  const int64_t width = a.heads * a.head_dim;
+  if (a.dq_partial)
+    store_rows(dq, pad, s.q_len, a.head_dim,
+               a.dq_partial + (chunk * a.total_q + s.q_token) * width + at, width);
+  else
+    store_rows(dq, pad, s.q_len, a.head_dim, static_cast<T*>(a.dq) + s.q_token * a.dq_token + at,
+               a.dq_token);
+}
+
+// One block of keys against all queries of one head.
+template <class Words, class T>
+void block_gradients(const AttentionBwd& a, const Sequence& s, int64_t kv_head, int64_t j,
+                     const BwdScratch& w, float* dk, float* dv) {
+  const Packer<Words> pack(a.head_dim);
+  const int64_t keys = min_of(kBlock, s.k_len - j);
+  pack.template keys<T>(a, s, kv_head, j, keys, keys, w.k_rows);
+  stack_words<Words>(w.k_rows, pack.ld, keys, a.head_dim, w.k, w.pad);
+  pack.template values<T>(a, s, kv_head, j, keys, w.v_rows);
+  for (int64_t r = 0; r < keys; ++r)
+    w.k_scale[r] = static_cast<float>(a.scale) * (a.k_rstd ? a.k_rstd[s.k_token + j + r] : 1.0f);
+  for (int64_t i = 0; i < s.q_len; i += kBlock) {
+    if (a.causal && i + kBlock <= j + s.unseen) continue;  // no query here sees the first key
+    tile_gradients<Words>(a, s, j, keys, i, w, dk, dv);
+  }
+}
+
+// dq of all heads that share a kv head, from one chunk of its keys; dk and dv of the chunk.
+template <class Words, class T>
+void chunk_gradients(const AttentionBwd& a, const Sequence& s, int64_t kv_head, int64_t chunk) {
+  const int64_t group = a.heads / a.kv_heads, blocks = attention_blocks(s.k_len);
+  const int64_t begin = blocks * chunk / a.key_chunks * kBlock;
+  const int64_t end = min_of(blocks * (chunk + 1) / a.key_chunks * kBlock, s.k_len);
+  const BwdScratch w(a, group);
+  for (int64_t g = 0; g < group; ++g) {
+    const int64_t head = kv_head * group + g;
+    pack_queries<Words, T>(a, s, head, w);
+    for (int64_t j = begin; j < end; j += kBlock) {
+      float *dk = w.dk + (j - begin) * w.k_stride, *dv = w.dv + (j - begin) * w.k_stride;
+      if (g == 0) {
+        memset(dk, 0, static_cast<size_t>(kBlock * w.pad) * 4);
+        memset(dv, 0, static_cast<size_t>(kBlock * w.pad) * 4);
+      }
+      block_gradients<Words, T>(a, s, kv_head, j, w, dk, dv);
+      if (g == group - 1)
+        store_key_gradients<T>(a, s, kv_head, j, min_of(kBlock, s.k_len - j), dk, dv);
+    }
+    store_query_gradients<T>(a, s, head, chunk, w.dq);
+  }
+}
+
+template <class T>
+void bwd(const AttentionBwd& a) {
+  using Words = typename WordsOf<T>::type;
+  parallel_for(a.batch * a.kv_heads * a.key_chunks, a.threads, [&](int64_t task) {
+    const Sequence s = sequence(a, task / (a.kv_heads * a.key_chunks));
+    chunk_gradients<Words, T>(a, s, task / a.key_chunks % a.kv_heads, task % a.key_chunks);
+  });
+  if (!a.dq_partial || !a.dq) return;
+  const int64_t width = a.heads * a.head_dim;
+  for_row_chunks(a.total_q, a.threads, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      T* dq = static_cast<T*>(a.dq) + m * a.dq_token;
+      for_each_vec(width, [&](int64_t i, int64_t n) {
+        Vec total = load_at(a.dq_partial + m * width, i, n);
+        for (int64_t c = 1; c < a.key_chunks; ++c)
+          total = add(total, load_at(a.dq_partial + (c * a.total_q + m) * width, i, n));
+        store_at(dq, total, i, n);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+void attention_fwd(const AttentionFwd& a) {
+  by_dtype(a.dtype, [&](auto x) { fwd<decltype(x)>(a); });
+}
+
+void attention_bwd(const AttentionBwd& a) {
+  by_dtype(a.dtype, [&](auto x) { bwd<decltype(x)>(a); });
+}
+
+}  // namespace iv2::IV2_ISA
