@@ -228,7 +228,7 @@ struct PatchEmbedGather {
 
 struct PatchEmbedAdd {
   const void* y;           // [B, first + keep, C] dtype (fp32 where dtype is fp16); may be out
-  const float* bias;       // [C]
+  const float* bias;       // [C] or null
   const void* pos_embed;   // [first + N, C] pos_dtype, or null
   const float* cls_token;  // [C], null unless first is 1
   const int32_t* ids;      // [B, keep], or null: all
@@ -270,6 +270,55 @@ struct GatherTokensBwd {
   int64_t threads;
 };
 
+struct ResizedCropNormalizeFwd {
+  const uint8_t* pixels;     // [T, crop height, crop width, 3], pixels contiguous: the crop's first
+  const int32_t* y_first;    // [height] first crop row under the filter of an output row
+  const float* y_weights;    // [height, y_taps]
+  const int32_t* x_first;    // [width] first crop column
+  const float* x_weights;    // [width, x_taps]
+  const float* scale_shift;  // [2, 3]: out = byte * scale + shift
+  void* out;                 // [3, T, height, width] dtype, or [T, height, width, 3] bytes
+  float* scratch;            // [threads, 3 * crop_width + 1 + 5 * width]
+  int64_t frames, height, width, crop_width, y_taps, x_taps;
+  int64_t frames_t, frames_h;  // strides in bytes
+  int64_t dtype;
+  int64_t threads;
+};
+
+// What depends on tokens and heads is [B, N, lanes]: lanes is heads rounded up to 16.
+struct AttentionPoolFwd {
+  const void* x;       // [B, N, C] dtype
+  const float* query;  // [B, heads, C]
+  void* z;             // [B, heads, C] dtype
+  float* probs;        // [B, N]
+  float* mean;         // [B, N]
+  float* rstd;         // [B, N]
+  float* logits;       // [B, N, lanes]
+  float* p;            // [B, N, lanes]
+  float* transposed;   // [B, C, lanes], scratch
+  int64_t batch, tokens, heads, lanes, dim, dtype;
+  double eps;
+  int64_t threads;
+};
+
+struct AttentionPoolBwd {
+  const void* x;        // [B, N, C] dtype
+  const float* query;   // [B, heads, C]
+  const float* dz;      // [B, heads, C]
+  float* mean;          // [B, N], as forward left them; so are rstd, logits and p
+  float* rstd;          // [B, N]
+  const float* logits;  // [B, N, lanes]
+  const float* p;       // [B, N, lanes]
+  void* dx;             // [B, N, C] dtype, or null
+  float* dquery;        // [B, heads, C], or null
+  float* transposed;    // [B, C, lanes], scratch
+  float* dp;            // [B, N, lanes], scratch
+  float* sums;          // [B, 3, lanes], scratch
+  float* means;         // [2, B, N], scratch
+  int64_t batch, tokens, heads, lanes, dim, dtype;
+  int64_t threads;
+};
+
 }  // namespace iv2
 
 #define IV2_KERNELS(K)                                                 \
@@ -279,16 +328,19 @@ struct GatherTokensBwd {
   K(distill_loss_bwd, DistillLossBwd)                                  \
   K(mlp_fwd, MlpFwd)                                                   \
   K(mlp_bwd, MlpBwd)                                                   \
+  K(attention_pool_fwd, AttentionPoolFwd)                              \
+  K(attention_pool_bwd, AttentionPoolBwd)                              \
   K(masks_draw, MasksDraw)                                             \
   K(attention_fwd, AttentionFwd)                                       \
   K(attention_bwd, AttentionBwd)                                       \
   K(spatiotemporal_attention_norm_fwd, SpatiotemporalAttentionNormFwd) \
   K(spatiotemporal_attention_norm_bwd, SpatiotemporalAttentionNormBwd) \
-  K(patch_embed_gather, PatchEmbedGather) \
-  K(patch_embed_add, PatchEmbedAdd) \
-  K(patch_embed_bwd, PatchEmbedBwd) \
-  K(gather_tokens_fwd, GatherTokensFwd) \
-  K(gather_tokens_bwd, GatherTokensBwd)
+  K(patch_embed_gather, PatchEmbedGather)                              \
+  K(patch_embed_add, PatchEmbedAdd)                                    \
+  K(patch_embed_bwd, PatchEmbedBwd)                                    \
+  K(gather_tokens_fwd, GatherTokensFwd)                                \
+  K(gather_tokens_bwd, GatherTokensBwd)                                \
+  K(resized_crop_normalize_fwd, ResizedCropNormalizeFwd)
 
 // One table of kernels per instruction set; isa.cpp fills them and cpu::table() is the one in use.
 namespace iv2 {

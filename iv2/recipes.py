@@ -90,7 +90,7 @@ def _distill(size: str, batch_size: int) -> TrainConfig:
     )
 
 
-# iv2 toyworld runs/toy --num 4000, then each `iv2 train NAME --data.path runs/toy`.
+# iv2 toyworld runs/toy --num 4000, then each `iv2 train NAME --data.path runs/toy/list.jsonl`.
 # Learning rates are for these batches; left and right mean something in the toy world: no flips.
 _TINY_OPTIM = OptimConfig(
     lr=1e-3,
@@ -102,15 +102,15 @@ _TINY_OPTIM = OptimConfig(
     warmup_steps=100,
     max_grad_norm=3.0,
 )
-_TINY_CROP = CropConfig(kind="whole", size=56, flip=0.0)
+_TINY_CROP = CropConfig(kind="centre", size=56, flip=0.0)
 _TINY_DATA = DataConfig(
-    clip=ClipConfig(num_frames=8, sampling="tsn", crop=_TINY_CROP),
+    clip=ClipConfig(num_frames=8, sampling="tsn", crop=_TINY_CROP, short_side=64),
     batch_size=32,
     num_workers=1,
     cache_bytes=2 << 30,
 )
 
-# iv2 train teacher-image-tiny --data.path runs/toy
+# iv2 train teacher-image-tiny --data.path runs/toy/list.jsonl
 # No paper: the small stand-in for InternVL, which knows what is in a frame and nothing of time.
 # Expected: held-out shape and colour above 95 %.
 _TEACHER_IMAGE_TINY = TrainConfig(
@@ -124,7 +124,7 @@ _TEACHER_IMAGE_TINY = TrainConfig(
     ),
 )
 
-# iv2 train teacher-video-tiny --data.path runs/toy
+# iv2 train teacher-video-tiny --data.path runs/toy/list.jsonl
 # No paper: the small stand-in for VideoMAEv2, whose tubelets of two frames carry motion.
 # Expected: held-out motion above 90 %.
 _TEACHER_VIDEO_TINY = replace(
@@ -149,9 +149,9 @@ _STAGE1_TINY = TrainConfig(
     optim=_TINY_OPTIM,
     stage1=Stage1Config(
         clip_teacher="teacher-image-tiny",
-        clip_teacher_path="runs/teacher-image-tiny/model.safetensors",
+        clip_teacher_path="runs/demo/teacher-image-tiny/model.safetensors",
         mae_teacher="teacher-video-tiny",
-        mae_teacher_path="runs/teacher-video-tiny/model.safetensors",
+        mae_teacher_path="runs/demo/teacher-video-tiny/model.safetensors",
         teacher_dtype="float32",
         mask_ratio=0.5,
     ),
@@ -169,7 +169,7 @@ _STAGE1_S = replace(
     stage1=replace(_STAGE1_TINY.stage1, mask_ratio=0.8, teacher_dtype="bfloat16"),
 )
 
-# iv2 train supervised-tiny --data.path runs/toy
+# iv2 train supervised-tiny --data.path runs/toy/list.jsonl
 # The encoder of stage1-tiny, trained on the labels: what stage 1 is compared with.
 _SUPERVISED_TINY = TrainConfig(
     stage="finetune",

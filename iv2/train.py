@@ -37,6 +37,18 @@ from iv2.run_folder import Log, Progress, checkpoints, latest_checkpoint, replac
 from iv2.stages.finetune import build_finetune, find_classes
 from iv2.stages.stage1 import build_stage1
 
+__all__ = [
+    "BatchSource",
+    "NonFiniteLossError",
+    "Result",
+    "Stage",
+    "build_stage",
+    "latest_checkpoint",
+    "run",
+    "total_steps",
+    "train",
+]
+
 
 class Stage(Protocol):
     """What the loop knows of a stage, a ``torch.nn.Module``."""

@@ -2,13 +2,13 @@
 //
 // Forward: a task is one kv head of one sequence and some of its query blocks. It packs the keys
 // (transposed) and values into its scratch, where they stay in cache, and for 64 queries at a time
-// runs over blocks of 64 keys: scores, online softmax with a lazily raised maximum, P v. The
-// maximum and the scores are in units of log2, so that exp2 serves. P overwrites the scores as an
-// operand A. Backward: a task is one kv head of one sequence and a fixed chunk of its keys; for
-// each block of keys it runs over the queries with S^T = k q^T recomputed from lse, so that P^T and
-// dS^T come out as operands for dv and dk, and dS (the same words, read along columns) for dq. All
-// sums are fp32 and stay in scratch; with several chunks dq is summed from their parts, in order.
-// Bound by the multipliers; exp2 and packing take a tenth to a fifth.
+// runs over blocks of 64 keys: scores, online softmax with a lazily raised maximum, P v.
+// P overwrites the scores as an operand A. Backward: a task is one kv head of one sequence and a
+// fixed chunk of its keys; for each block of keys it runs over the queries with S^T = k q^T
+// recomputed from lse, so that P^T and dS^T come out as operands for dv and dk, and dS (the same
+// words, read along columns) for dq. All sums are fp32 and stay in scratch; with several chunks dq
+// is summed from their parts, in order. Bound by the multipliers; exp2 and packing take a tenth to
+// a fifth.
 #include "../kernels.h"
 #include "gemm.h"
 
@@ -16,7 +16,7 @@ namespace iv2::IV2_ISA {
 namespace {
 
 constexpr int64_t kBlock = kAttentionBlock;
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
+constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kInfinity = __builtin_inff();
 // Scores may exceed the maximum in use by this much (2^8 in P) before the sums are rescaled.
 constexpr float kSlack = 8.0f;
@@ -33,10 +33,16 @@ constexpr MaskTable kMask;
 inline const float* keep_below(int64_t limit) { return kMask.v + kBlock - limit; }
 inline const float* keep_from(int64_t first) { return kMask.v + 2 * kBlock - first; }
 
-// 2^x for x <= kSlack; NaN stays NaN. The polynomials are minimax on [-1/2, 1/2]: relative error
-// 2e-9, and 3e-6 where the result is rounded to bf16.
+// Scores are kept in units of 1 where fp32 accuracy is due, as log2(e) would round them once more,
+// and in units of log2 otherwise.
 template <class Words>
-inline Vec exp2_below(Vec x) {
+constexpr float kPerNat = Words::per_word == 2 ? kLog2E : 1.0f;
+
+// e^x of such scores, x <= kSlack; NaN stays NaN. The polynomials for 2^f are minimax on
+// [-1/2, 1/2]: relative error 2e-9, and 3e-6 where the result is rounded to bf16.
+template <class Words>
+inline Vec exp_of_score(Vec x) {
+  if constexpr (Words::per_word == 1) x = mul(x, set(kLog2E));
   x = max(set(-160.0f), x);
   const Vec n = round(x), f = sub(x, n);
   Vec p;
@@ -111,9 +117,9 @@ inline float* take(float*& p, int64_t floats) {
 
 struct FwdScratch {
   int64_t pad;
-  float *keys, *values, *k_scale;          // of a sequence: [blocks, pad, 64], [.., 64, pad], [.., 64]
-  float *rows, *q, *scores, *out;          // tiles of 64 rows
-  float *peak, *sums;                      // of a query: the maximum in use; [64, Vec::size]
+  float *keys, *values, *k_scale;  // of a sequence: [blocks, pad, 64], [.., 64, pad], [.., 64]
+  float *rows, *q, *scores, *out;  // tiles of 64 rows
+  float *peak, *sums;              // of a query: the maximum in use; [64, Vec::size]
   explicit FwdScratch(const AttentionFwd& a) : pad(attention_pad(a.head_dim)) {
     const int64_t blocks = attention_blocks(a.k_len);
     float* p = a.scratch + thread_index() * attention_fwd_scratch(a.head_dim, a.k_len);
@@ -138,15 +144,16 @@ void pack_keys_and_values(const AttentionFwd& a, const Sequence& s, int64_t head
     stack_words<Words>(w.rows, pack.ld, n, pack.dim, w.values + first * w.pad, w.pad);
     for (int64_t j = first; j < first + kBlock; ++j) {
       const float rstd = j >= s.k_len ? 0.0f : a.k_rstd ? a.k_rstd[s.k_token + j] : 1.0f;
-      w.k_scale[j] = rstd * static_cast<float>(a.scale) * kLog2E;
+      w.k_scale[j] = rstd * static_cast<float>(a.scale) * kPerNat<Words>;
     }
   }
 }
 
 // Raises the maximum of one query to `top`: what was summed shrinks.
+template <class Words>
 inline void rescale(float top, float* peak, float* sums, float* out, int64_t dim) {
   if (*peak > -kInfinity) {
-    const Vec shrink = exp2(set(*peak - top));
+    const Vec shrink = exp_of_score<Words>(set(*peak - top));
     store(sums, mul(load(sums), shrink));
     for (int64_t i = 0; i < dim; i += Vec::size) store(out + i, mul(load(out + i), shrink));
   }
@@ -185,11 +192,11 @@ void softmax_block(const FwdScratch& w, int64_t rows, const float* k_scale, int6
     for (int v = 1; v < kVecs; ++v) highest = max(highest, y[v]);
     const float top = max_across(highest);
     float* sums = w.sums + r * 16;
-    if (top > w.peak[r] + kSlack) rescale(top, w.peak + r, sums, w.out + r * w.pad, dim);
+    if (top > w.peak[r] + kSlack) rescale<Words>(top, w.peak + r, sums, w.out + r * w.pad, dim);
     const Vec base = set(w.peak[r] == -kInfinity ? 0.0f : w.peak[r]);
     Vec total = load(sums);
     for (int v = 0; v < kVecs; ++v) {
-      y[v] = exp2_below<Words>(sub(y[v], base));
+      y[v] = exp_of_score<Words>(sub(y[v], base));
       total = add(total, y[v]);
     }
     store(sums, total);
@@ -209,11 +216,13 @@ inline void softmax_vecs(int64_t vecs, const FwdScratch& w, int64_t rows, const 
   softmax_block<Words, kVecs>(w, rows, k_scale, visible, step, dim);
 }
 
-template <class T>
+template <class Words, class T>
 void store_output(const AttentionFwd& a, const Sequence& s, int64_t head, int64_t first,
                   int64_t rows, const FwdScratch& w) {
-  float* lse = a.lse + (a.cu_seqlens_q ? head * a.total_q + s.q_token
-                                       : (s.batch * a.heads + head) * a.q_len) + first;
+  float* lse =
+      a.lse +
+      (a.cu_seqlens_q ? head * a.total_q + s.q_token : (s.batch * a.heads + head) * a.q_len) +
+      first;
   for (int64_t r = 0; r < rows; ++r) {
     T* o = static_cast<T*>(a.o) + ((s.q_token + first + r) * a.heads + head) * a.head_dim;
     const float total = sum(load(w.sums + r * 16));
@@ -221,7 +230,7 @@ void store_output(const AttentionFwd& a, const Sequence& s, int64_t head, int64_
     for_each_vec(a.head_dim, [&](int64_t i, int64_t n) {
       store_at(o, mul(load(w.out + r * w.pad + i), inverse), i, n);
     });
-    lse[r] = total == 0.0f ? -kInfinity : (w.peak[r] + __builtin_log2f(total)) * kLn2;
+    lse[r] = total == 0.0f ? -kInfinity : w.peak[r] / kPerNat<Words> + __builtin_logf(total);
   }
 }
 
@@ -242,16 +251,18 @@ void attend(const AttentionFwd& a, const Sequence& s, int64_t head, int64_t firs
   if (k_len == 0) memset(w.out, 0, static_cast<size_t>(rows * w.pad) * 4);
   for (int64_t j = 0; j < k_len; j += kBlock) {
     const int64_t keys = min_of(kBlock, k_len - j), vecs = (keys + Vec::size - 1) / Vec::size;
-    multiply<Words>({w.q, pack.ld, w.keys + j * w.pad, kBlock, w.scores, kBlock,
-                     words<Words>(a.head_dim)}, rows, vecs, false);
+    multiply<Words>(
+        {w.q, pack.ld, w.keys + j * w.pad, kBlock, w.scores, kBlock, words<Words>(a.head_dim)},
+        rows, vecs, false);
     const int64_t visible = a.causal ? min_of(keys, first + 1 - s.unseen - j) : keys;
     // In the block of the diagonal visible keys grow by one a row; k_len ends them.
     const bool diagonal = a.causal && first + 1 - s.unseen - j < keys;
     softmax_vecs<Words>(vecs, w, rows, w.k_scale + j, visible, diagonal ? 1 : 0, a.head_dim);
-    multiply<Words>({w.scores, kBlock, w.values + j * w.pad, w.pad, w.out, w.pad,
-                     words<Words>(keys)}, rows, dim_vecs, j > 0);
+    multiply<Words>(
+        {w.scores, kBlock, w.values + j * w.pad, w.pad, w.out, w.pad, words<Words>(keys)}, rows,
+        dim_vecs, j > 0);
   }
-  store_output<T>(a, s, head, first, rows, w);
+  store_output<Words, T>(a, s, head, first, rows, w);
 }
 
 template <class T>
@@ -289,8 +300,8 @@ struct BwdScratch {
     const int64_t q_size = attention_blocks(a.q_len) * kBlock;
     const int64_t k_size = group > 1 ? attention_blocks(a.k_len) * kBlock : kBlock;
     k_stride = group > 1 ? pad : 0;
-    float* s = a.scratch +
-               thread_index() * attention_bwd_scratch(a.head_dim, a.q_len, a.k_len, group);
+    float* s =
+        a.scratch + thread_index() * attention_bwd_scratch(a.head_dim, a.q_len, a.k_len, group);
     q_t = take(s, q_size * pad), q = take(s, q_size * pad);
     do_t = take(s, q_size * pad), d_o = take(s, q_size * pad), dq = take(s, q_size * pad);
     lse = take(s, q_size), delta = take(s, q_size);
@@ -302,13 +313,13 @@ struct BwdScratch {
   }
 };
 
-// Queries and output gradients of one head, their lse (negated, in units of log2) and delta =
+// Queries and output gradients of one head, their lse (negated) and delta =
 // sum(do o) - dlse; dq is cleared. Padded queries have probability zero.
 template <class Words, class T>
 void pack_queries(const AttentionBwd& a, const Sequence& s, int64_t head, const BwdScratch& w) {
   const Packer<Words> pack(a.head_dim);
-  const int64_t lse_row = a.cu_seqlens_q ? head * a.total_q + s.q_token
-                                         : (s.batch * a.heads + head) * a.q_len;
+  const int64_t lse_row =
+      a.cu_seqlens_q ? head * a.total_q + s.q_token : (s.batch * a.heads + head) * a.q_len;
   for (int64_t first = 0; first < s.q_len; first += kBlock) {
     const int64_t n = min_of(kBlock, s.q_len - first), n_padded = round_up(n, 32);
     const int64_t depth = words<Words>(a.head_dim), at = first * w.pad;
@@ -330,7 +341,7 @@ void pack_queries(const AttentionBwd& a, const Sequence& s, int64_t head, const 
       }
       const int64_t row = lse_row + first + r;
       const float lse = r < n ? a.lse[row] : -kInfinity;
-      w.lse[first + r] = lse == -kInfinity ? -kInfinity : -lse * kLog2E;
+      w.lse[first + r] = lse == -kInfinity ? -kInfinity : -lse * kPerNat<Words>;
       w.delta[first + r] = sum(dot) - (r < n && a.dlse ? a.dlse[row] : 0.0f);
     }
     memset(w.dq + at, 0, static_cast<size_t>(kBlock * w.pad) * 4);
@@ -346,14 +357,15 @@ struct ScoreTile {
 
 template <class Words, int kVecs>
 inline void score_row(const ScoreTile& t, int64_t j, Vec* p, Vec* ds) {
-  const Vec scale = set(t.k_scale[j]), scale2 = set(t.k_scale[j] * kLog2E);
+  const Vec scale = set(t.k_scale[j]), score_scale = set(t.k_scale[j] * kPerNat<Words>);
   const int64_t hidden = min_of(kBlock, t.hidden + j);
   const float* mask = keep_from(max_of<int64_t>(hidden, 0));
   for (int v = 0; v < kVecs; ++v) {
     const int64_t at = v * Vec::size;
-    Vec y = fma(load(t.p + j * kBlock + at), scale2, load(t.lse + at));
+    // Not a multiply-add: lse came from rounded scores, and the rounding must cancel.
+    Vec y = add(mul(load(t.p + j * kBlock + at), score_scale), load(t.lse + at));
     if (hidden > 0) y = min(load(mask + at), y);
-    p[v] = exp2_below<Words>(y);
+    p[v] = exp_of_score<Words>(y);
     ds[v] = mul(mul(p[v], scale), sub(load(t.ds + j * kBlock + at), load(t.delta + at)));
   }
 }

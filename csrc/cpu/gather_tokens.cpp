@@ -2,9 +2,9 @@
 // gradient.
 //
 // Forward copies a row per index. Backward first sorts the indices by counting, serially (they are
-// few: one word per row of dy), and then writes every row of dx once, in parallel, as the sum of its
-// rows of dy in order: no atomics, no zeroing pass, duplicates allowed, the same bits for any number
-// of threads. Both are bound by memory.
+// few: one word per row of dy), and then writes every row of dx once, in parallel, as the sum of
+// its rows of dy in order: no atomics, no zeroing pass, duplicates allowed, the same bits for any
+// number of threads. Both are bound by memory.
 #include "../kernels.h"
 #include "vec.h"
 

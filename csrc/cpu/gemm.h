@@ -34,8 +34,8 @@ struct Bf16Words {
   using Element = bf16;
   static constexpr int64_t per_word = 2;
   static Vec multiply_add(Vec a, Vec b, Vec c) {
-    return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v),
-                             reinterpret_cast<__m512bh>(b.v))};
+    return {
+        _mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
   }
 };
 #endif
@@ -75,8 +75,7 @@ void multiply_tile(const Operands& t, bool add_to_c) {
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j)
-      c[i][j] = add_to_c ? load(t.c + i * t.ldc + j * Vec::size) : set(0);
+    for (int j = 0; j < kVecs; ++j) c[i][j] = set(0);
   }
   const float* a = t.a;
   const float* b = t.b;
@@ -96,7 +95,11 @@ void multiply_tile(const Operands& t, bool add_to_c) {
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) store(t.c + i * t.ldc + j * Vec::size, c[i][j]);
+    for (int j = 0; j < kVecs; ++j) {
+      // Added at the end: a sum of short sums rounds less than one long chain.
+      float* out = t.c + i * t.ldc + j * Vec::size;
+      store(out, add_to_c ? add(load(out), c[i][j]) : c[i][j]);
+    }
   }
 }
 
@@ -128,17 +131,27 @@ inline void multiply_panel(Operands t, int64_t rows, int64_t vecs, bool add_to_c
   multiply_last_rows<Words, kTransposed, kVecs>(t, rows, add_to_c);
 }
 
-// C[rows, vecs * Vec::size] = or += A B; whole vectors of B and C are touched.
+// C[rows, vecs * Vec::size] = or += A B; whole vectors of B and C are touched. Parts are of equal
+// size: 6 vectors are 3 + 3, which feed the multipliers better than 4 + 2, and no panel of B is
+// deeper than what L1 holds and what a chain of fp32 additions should be.
 template <class Words, bool kTransposed = false>
-void multiply(Operands t, int64_t rows, int64_t vecs, bool add_to_c) {
-  // Panels of equal width: 6 vectors are 3 + 3, which feed the multipliers better than 4 + 2.
-  int64_t panels = (vecs + kTileVecs - 1) / kTileVecs;
-  for (; panels > 0; --panels) {
-    const int64_t width = (vecs + panels - 1) / panels;
-    multiply_panel<Words, kTransposed>(t, rows, width, add_to_c);
-    t.b += width * Vec::size;
-    t.c += width * Vec::size;
-    vecs -= width;
+void multiply(const Operands& all, int64_t rows, int64_t vecs, bool add_to_c) {
+  constexpr int64_t kMaxDepth = 96;
+  int64_t column = 0;
+  for (int64_t panels = (vecs + kTileVecs - 1) / kTileVecs; panels > 0; --panels) {
+    const int64_t width = (vecs - column + panels - 1) / panels;
+    Operands t = all;
+    t.b += column * Vec::size;
+    t.c += column * Vec::size;
+    int64_t left = all.depth;
+    for (int64_t parts = (left + kMaxDepth - 1) / kMaxDepth; parts > 0; --parts) {
+      t.depth = (left + parts - 1) / parts;
+      multiply_panel<Words, kTransposed>(t, rows, width, add_to_c || left < all.depth);
+      t.a += kTransposed ? t.depth * t.lda : t.depth;
+      t.b += t.depth * t.ldb;
+      left -= t.depth;
+    }
+    column += width;
   }
 }
 

@@ -1,10 +1,11 @@
 // patch_embed.cpp - what surrounds the GEMM of the patch embedding, for the visible tokens only.
 //
 // `patch_embed_gather` copies tubelets to rows in the order of the weight (channel, time, row,
-// column), bytes through a table of their 256 normalised values; the CLS row of a sample is zero, so
-// that the GEMM's output already has a place for it. `patch_embed_add` then adds bias and position
-// in place and writes the CLS row. `patch_embed_bwd` sums rows, in fixed chunks (kernels.h). One row
-// at a time, rows in parallel, each tensor read or written once: bound by memory.
+// column), bytes through a table of their 256 normalised values; the CLS row of a sample is zero,
+// so that the GEMM's output already has a place for it. `patch_embed_add` then adds bias and
+// position in place and writes the CLS row. `patch_embed_bwd` sums rows, in fixed chunks
+// (kernels.h). One row at a time, rows in parallel, each tensor read or written once: bound by
+// memory.
 #include "../kernels.h"
 #include "vec.h"
 
@@ -95,8 +96,8 @@ void add_rows(const PatchEmbedAdd& a) {
       const Pos* position = static_cast<const Pos*>(a.pos_embed) + (a.first + id) * a.dim;
       Out* out = static_cast<Out*>(a.out) + m * a.dim;
       for_each_vec(a.dim, [&](int64_t i, int64_t n) {
-        Vec total = token < 0 ? load_at(a.cls_token, i, n)
-                              : add(load_at(y, i, n), load_at(a.bias, i, n));
+        Vec total = token < 0 ? load_at(a.cls_token, i, n) : load_at(y, i, n);
+        if (a.bias && token >= 0) total = add(total, load_at(a.bias, i, n));
         if (a.pos_embed) total = add(total, load_at(position, i, n));
         store_at(out, total, i, n);
       });

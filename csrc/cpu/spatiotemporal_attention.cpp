@@ -1,7 +1,8 @@
-// spatiotemporal_attention.cpp - the full-width RMSNorm of q and k around attention (attention.cpp).
+// spatiotemporal_attention.cpp - the full-width RMSNorm of q and k around attention
+// (attention.cpp).
 //
-// With one rstd a token, q_hat . k_hat = (q rstd_q q_weight k_weight) . k rstd_k: attention scales q
-// while packing it and multiplies a column of scores by rstd_k, so that neither normed tensor is
+// With one rstd a token, q_hat . k_hat = (q rstd_q q_weight k_weight) . k rstd_k: attention scales
+// q while packing it and multiplies a column of scores by rstd_k, so that neither normed tensor is
 // ever stored. Here are the two passes over tokens that remain. Forward takes the rstd. Backward
 // gets, in fp32, G = the gradient of q rstd_q gain and H = that of k at fixed rstd_k, and finishes:
 //   dq = rstd_q gain G - q rstd_q^2 / C * sum_C(q rstd_q gain G),

@@ -47,6 +47,7 @@ inline uint32_t bits_of(float x) {
 }
 
 inline float to_float(float x) { return x; }
+inline float to_float(uint8_t x) { return static_cast<float>(x); }
 inline float to_float(bf16 x) { return float_from_bits(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(f16 x) {
 #if defined(__F16C__)
@@ -117,6 +118,13 @@ inline Vec load(const f16* p) {
 }
 inline Vec load(const f16* p, int64_t n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
+}
+inline Vec load(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
+}
+inline Vec load(const uint8_t* p, int64_t n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
 }
 inline __m256i narrow_bf16(Vec a) {
 #if defined(__AVX512BF16__)
@@ -203,6 +211,15 @@ inline Vec load(const f16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 inline Vec load(const f16* p, int64_t n) { return {_mm256_cvtph_ps(load_16bit(p, n))}; }
+inline Vec load(const uint8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))};
+}
+inline Vec load(const uint8_t* p, int64_t n) {
+  uint8_t bytes[8] = {};
+  memcpy(bytes, p, static_cast<size_t>(n));
+  return load(bytes);
+}
 inline __m128i narrow_bf16(Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

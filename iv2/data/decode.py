@@ -229,7 +229,7 @@ class Video:
 
     def _check_whole(self, packets: int) -> None:
         """Refuse a file whose own index points behind its end."""
-        entries = getattr(self._stream, "index_entries", ())
+        entries: Any = getattr(self._stream, "index_entries", ())
         if len(entries) and entries[-1].pos + entries[-1].size > self._container.size:
             raise DecodeError(self.path, f"truncated: {packets} of {len(entries)} frames")
 
@@ -250,9 +250,9 @@ class Video:
         except FFmpegError as e:
             raise DecodeError(self.path, _reason(e)) from e
         matrix = _display_matrix(frame)
-        height, width = _upright(np.empty((frame.height, frame.width)), matrix).shape
         a, b = matrix[:2]
-        return (height, width), round(math.degrees(math.atan2(-b, a))) % 360
+        shape = (frame.height, frame.width) if a else (frame.width, frame.height)
+        return shape, round(math.degrees(math.atan2(-b, a))) % 360
 
     def _collect(self, wanted: list[int]) -> dict[int, Any]:
         """The frames with these sorted numbers, not yet converted."""

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 # Raised whenever the same arguments would give other clips.
-VERSION = 1
+VERSION = 2
 
 # Coordinate of (column, row, angle, size) that moves, and its sign. Rows grow downwards.
 MOTIONS: dict[str, tuple[int, int]] = {
@@ -41,7 +41,7 @@ MOTIONS: dict[str, tuple[int, int]] = {
     "growing": (3, 1),
     "shrinking": (3, -1),
 }
-SHAPES = ("triangle", "arrow", "semicircle", "corner")
+SHAPES = ("triangle", "bar", "cross", "corner")
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.95, 0.18, 0.18),
     "green": (0.20, 0.85, 0.30),
@@ -139,16 +139,18 @@ def states(clip: Clip, num_frames: int) -> Floats:  # [T, 4]
 
 
 def _outline(shape: str) -> NDArray[np.float64]:  # [vertices, 2]
-    """Corners of a shape without rotational symmetry: (right, down) pairs."""
+    """Corners of a shape: (right, down) pairs.
+
+    Some are symmetric; within a clip they turn by less than half a turn, a little each frame.
+    """
     if shape == "triangle":
         points = np.array([(0, -1.2), (0.75, 0.8), (-0.75, 0.8)])
-    elif shape == "arrow":
-        points = np.array(
-            [(0, -1), (0.8, 0), (0.32, 0), (0.32, 1), (-0.32, 1), (-0.32, 0), (-0.8, 0)]
-        )
-    elif shape == "semicircle":
-        turn = np.linspace(0, math.pi, 25)
-        points = np.stack([np.cos(turn), -np.sin(turn)], 1)
+    elif shape == "bar":
+        points = np.array([(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)])
+    elif shape == "cross":
+        arm = [(-0.3, -1), (0.3, -1), (0.3, -0.3)]
+        turns = [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)]
+        points = np.array([(a * x + b * y, c * x + d * y) for a, b, c, d in turns for x, y in arm])
     elif shape == "corner":
         points = np.array([(-0.7, -1), (-0.1, -1), (-0.1, 0.4), (0.7, 0.4), (0.7, 1), (-0.7, 1)])
     else:
@@ -278,8 +280,8 @@ def synthesise(
 _WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "shape": {
         "triangle": ("triangle", "three-sided shape"),
-        "arrow": ("arrow", "pointer"),
-        "semicircle": ("semicircle", "half disc"),
+        "bar": ("bar", "rod"),
+        "cross": ("cross", "plus sign"),
         "corner": ("corner", "L-shape"),
     },
     "colour": {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from iv2.config import Stage1Config
-from iv2.models.teachers import TEACHERS, Teacher, TeacherOutput, load_teacher
+from iv2.models.teachers import TEACHERS, Teacher, TeacherOutput, build_teacher
 from iv2.models.vision import Predictions, VisionConfig, VisionEncoder
 from iv2kernels import attention_guided_mask, distill_loss, random_mask, tube_mask
 
@@ -90,10 +90,11 @@ class Stage1(nn.Module):
     def targets(
         self,
         video: Tensor,  # uint8 [B, T, H, W, 3] | float [B, 3, T, H, W]
-        seen: Tensor,  # the student's frames of it
+        seen: Tensor | None = None,  # the student's frames of it
     ) -> tuple[TeacherOutput | None, TeacherOutput | None]:
         """What the teachers give for a batch; the first sees the student's frames."""
         clip_teacher, mae_teacher = self._teachers
+        seen = every_frame(video, self.stride) if seen is None else seen
         with torch.autocast(video.device.type, enabled=False):
             first = None if clip_teacher is None else clip_teacher(seen)
             second = None if mae_teacher is None else mae_teacher(video)
@@ -128,7 +129,8 @@ class Stage1(nn.Module):
                 f"({frames} x {height} x {width}), got {first.attention[0].numel()}"
             )
         rows = frames if config.mask_window == "frame" else 1
-        weights = first.attention.reshape(len(seeds), rows, per_clip // rows)
+        # A NaN is for the loss to show, since the loop then names the clips.
+        weights = first.attention.nan_to_num(0.0, 0.0).reshape(len(seeds), rows, -1)
         keep = num_kept(weights.shape[2], config.mask_ratio)
         return attention_guided_mask(seeds, weights, keep, stream=stream)
 
@@ -232,7 +234,7 @@ def build_stage1(
         CheckpointError: A file cannot be read.
     """
     teachers = [
-        _load(what, name, path, config, device)
+        _load(what, name, path, model, config, device)
         for what, name, path in (
             ("clip_teacher", config.clip_teacher, config.clip_teacher_path),
             ("mae_teacher", config.mae_teacher, config.mae_teacher_path),
@@ -243,7 +245,12 @@ def build_stage1(
 
 
 def _load(
-    what: str, name: str, path: str, config: Stage1Config, device: torch.device | str
+    what: str,
+    name: str,
+    path: str,
+    model: VisionConfig,
+    config: Stage1Config,
+    device: torch.device | str,
 ) -> Teacher | None:
     if not name:
         return None
@@ -251,8 +258,13 @@ def _load(
         raise ValueError(f"Stage1Config: {what} must be one of {', '.join(TEACHERS)}, got {name}")
     if not path:
         raise ValueError(f"Stage1Config: {what}_path must be the file of {name}, got nothing")
-    dtype = getattr(torch, config.teacher_dtype)
-    return load_teacher(name, path, dtype=dtype, device=device)
+    # As many patches a frame as the student has; published files are for 224 pixels.
+    own = TEACHERS[name][1]
+    img_size = model.img_size // model.patch_size * own.patch_size
+    with torch.device("meta"):
+        teacher = build_teacher(name, img_size=img_size).to(getattr(torch, config.teacher_dtype))
+    teacher.load(path, num_frames=1 if own.num_frames == 1 else None)
+    return teacher.to(device).freeze()
 
 
 def _layers_loss(

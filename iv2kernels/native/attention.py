@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from iv2kernels import _C
 from iv2kernels.native.memory import DTYPE, contiguous, ptr
+
+
+class Options(NamedTuple):
+    """What the op takes besides tensors; cu_seqlens None: dense."""
+
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    causal: bool
+    scale: float
+
+
+class Norm(NamedTuple):
+    """The norm of spatiotemporal_attention: q * rstd[0] * gain and k * rstd[1] are attended."""
+
+    gain: Tensor  # [C]
+    rstd: Tensor  # [2, B, N]
 
 
 def _strided(x: Tensor) -> Tensor:
@@ -24,26 +45,26 @@ def _check_lengths(name: str, cu_seqlens: Tensor, total: int, longest: int) -> N
         raise ValueError(
             f"attention: {name} must run from 0 to {total}, got {starts[0]} to {starts[-1]}"
         )
-    lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
-    if min(lengths, default=0) < 0:
+    lengths = [end - start for start, end in pairwise(starts)]
+    if min(lengths) < 0:
         raise ValueError(f"attention: {name} must not decrease, got {starts}")
-    if max(lengths, default=0) > longest:
+    if max(lengths) > longest:
         raise ValueError(
             f"attention: max_seqlen of {name} must be at least {max(lengths)}, got {longest}"
         )
 
 
-def _shape(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
-) -> tuple[int, Tensor | None, Tensor | None]:
-    """The number of sequences, and their checked starts."""
-    if cu_seqlens_q is None:
+def _sequences(q: Tensor, options: Options) -> tuple[int, Tensor | None, Tensor | None]:
+    """How many there are, and where they start."""
+    cu_q, cu_k = options.cu_seqlens_q, options.cu_seqlens_k
+    if cu_q is None:
         return q.shape[0], None, None
-    return (
-        cu_seqlens_q.numel() - 1,
-        contiguous(cu_seqlens_q),
-        contiguous(cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k),
-    )
+    return cu_q.numel() - 1, contiguous(cu_q), contiguous(cu_q if cu_k is None else cu_k)
+
+
+def _norm(norm: Norm | None) -> tuple[int, int, int]:
+    """Addresses of gain, of rstd of q and of rstd of k."""
+    return (0, 0, 0) if norm is None else (ptr(norm.gain), ptr(norm.rstd[0]), ptr(norm.rstd[1]))
 
 
 def attention_fwd(
@@ -63,26 +84,16 @@ def attention_fwd(
         _check_lengths("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         _check_lengths("cu_seqlens_k", cu_k, k.shape[0], max_seqlen_k)
     return forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale
+        q, k, v, Options(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale)
     )
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    q_gain: Tensor | None = None,
-    rstd: Tensor | None = None,  # [2, B * N]
+    q: Tensor, k: Tensor, v: Tensor, options: Options, norm: Norm | None = None
 ) -> tuple[Tensor, Tensor]:
     """attention_fwd without the checks, and with the norm of spatiotemporal_attention."""
-    packed = cu_seqlens_q is not None
-    sequences, cu_q, cu_k = _shape(q, k, cu_seqlens_q, cu_seqlens_k)
+    packed = options.cu_seqlens_q is not None
+    sequences, cu_q, cu_k = _sequences(q, options)
     q, k, v = _strided(q), _strided(k), _strided(v)
     heads, head_dim = q.shape[-2:]
     o = torch.empty(q.shape, dtype=q.dtype)
@@ -92,32 +103,30 @@ def forward(
     if k.numel() == 0:
         return o.zero_(), lse.fill_(-torch.inf)
     threads = torch.get_num_threads()
-    scratch = torch.empty(threads, _C.attention_fwd_scratch(head_dim, max_seqlen_k))
+    scratch = torch.empty(threads, _C.attention_fwd_scratch(head_dim, options.max_seqlen_k))
     _C.attention_fwd(
         ptr(q),
         ptr(k),
         ptr(v),
         ptr(cu_q),
         ptr(cu_k),
-        ptr(q_gain),
-        0 if rstd is None else ptr(rstd[0]),
-        0 if rstd is None else ptr(rstd[1]),
+        *_norm(norm),
         ptr(o),
         ptr(lse),
         ptr(scratch),
         sequences,
         heads,
         k.shape[-2],
-        max_seqlen_q,
-        max_seqlen_k,
+        options.max_seqlen_q,
+        options.max_seqlen_k,
         head_dim,
         o.numel() // (heads * head_dim),
         *_strides(q, packed),
         *_strides(k, packed),
         *_strides(v, packed),
         DTYPE[q.dtype],
-        causal,
-        float(scale),
+        options.causal,
+        float(options.scale),
         threads,
     )
     return o, lse
@@ -142,63 +151,39 @@ def attention_bwd(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    backward(
-        d_o,
-        dlse,
-        q,
-        k,
-        v,
-        o,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        causal,
-        scale,
-        dq,
-        dk,
-        dv,
-    )
+    options = Options(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale)
+    backward((d_o, dlse), (q, k, v, o, lse), (dq, dk, dv), options)
     return dq, dk, dv
 
 
 def backward(
-    d_o: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor,
-    q_gain: Tensor | None = None,
-    rstd: Tensor | None = None,  # [2, B * N]
+    grads: tuple[Tensor, Tensor | None],  # d_o, dlse
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],  # q, k, v, o, lse
+    out: tuple[Tensor | None, Tensor | None, Tensor],  # dq, dk, dv
+    options: Options,
+    norm: Norm | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fills dq, dk and dv: rows of tokens, a row contiguous.
 
     With dq and dk None returns what the norm's backward needs: dq_partial and dk_direct.
     """
-    packed = cu_seqlens_q is not None
-    sequences, cu_q, cu_k = _shape(q, k, cu_seqlens_q, cu_seqlens_k)
+    q, k, v, o, lse = saved
+    dq, dk, dv = out
+    packed = options.cu_seqlens_q is not None
+    sequences, cu_q, cu_k = _sequences(q, options)
     q, k, v = _strided(q), _strided(k), _strided(v)
-    d_o, dlse = d_o.contiguous(), contiguous(dlse)
-    heads, head_dim = q.shape[-2:]
-    kv_heads = k.shape[-2]
-    queries, keys = o.numel() // (heads * head_dim), k.numel() // (kv_heads * head_dim)
+    d_o, dlse = grads[0].contiguous(), contiguous(grads[1])
+    (heads, head_dim), kv_heads = q.shape[-2:], k.shape[-2]
+    queries, keys = q.numel() // (heads * head_dim), k.numel() // (kv_heads * head_dim)
+    longest = options.max_seqlen_q, options.max_seqlen_k
+    chunks = _C.attention_key_chunks(sequences, kv_heads, longest[1])
+    partial = direct = None
+    if dq is None or chunks > 1:
+        partial = torch.empty(chunks, queries, heads, head_dim)
+    if dk is None:
+        direct = torch.empty(keys, kv_heads, head_dim)
     threads = torch.get_num_threads()
-    chunks = _C.attention_key_chunks(sequences, kv_heads, max_seqlen_k)
-    partial = None if dq is not None and chunks == 1 else torch.empty(chunks, queries, heads, head_dim)
-    direct = None if dk is not None else torch.empty(keys, kv_heads, head_dim)
-    size = _C.attention_bwd_scratch(head_dim, max_seqlen_q, max_seqlen_k, heads // kv_heads)
+    size = _C.attention_bwd_scratch(head_dim, *longest, heads // kv_heads)
     scratch = torch.empty(threads, size)
     _C.attention_bwd(
         ptr(q),
@@ -206,9 +191,7 @@ def backward(
         ptr(v),
         ptr(cu_q),
         ptr(cu_k),
-        ptr(q_gain),
-        0 if rstd is None else ptr(rstd[0]),
-        0 if rstd is None else ptr(rstd[1]),
+        *_norm(norm),
         ptr(o),
         ptr(d_o),
         ptr(lse),
@@ -222,8 +205,7 @@ def backward(
         sequences,
         heads,
         kv_heads,
-        max_seqlen_q,
-        max_seqlen_k,
+        *longest,
         head_dim,
         queries,
         *_strides(q, packed),
@@ -233,8 +215,8 @@ def backward(
         dv.stride(-3),
         chunks,
         DTYPE[q.dtype],
-        causal,
-        float(scale),
+        options.causal,
+        float(options.scale),
         threads,
     )
     return partial, direct

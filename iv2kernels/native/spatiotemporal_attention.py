@@ -7,6 +7,7 @@ from torch import Tensor
 
 from iv2kernels import _C
 from iv2kernels.native import attention
+from iv2kernels.native.attention import Norm, Options
 from iv2kernels.native.memory import DTYPE, ptr
 
 
@@ -15,37 +16,38 @@ def _gain(q_weight: Tensor, k_weight: Tensor) -> Tensor:
     return (q_weight.float() * k_weight.float()).contiguous()
 
 
+def _options(tokens: int, scale: float) -> Options:
+    return Options(None, None, tokens, tokens, False, scale)
+
+
+def _rstd(qkv: Tensor, eps: float) -> Tensor:
+    """See csrc/kernels.h: SpatiotemporalAttentionNormFwd."""
+    batch, tokens, _, heads, head_dim = qkv.shape
+    rstd = torch.empty(2, batch, tokens)
+    if qkv.numel():
+        _C.spatiotemporal_attention_norm_fwd(
+            ptr(qkv),
+            ptr(rstd),
+            batch * tokens,
+            heads * head_dim,
+            DTYPE[qkv.dtype],
+            float(eps),
+            torch.get_num_threads(),
+        )
+    return rstd
+
+
 def spatiotemporal_attention_fwd(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, scale: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See csrc/kernels.h: SpatiotemporalAttentionNormFwd, AttentionFwd."""
-    batch, tokens, _, heads, head_dim = qkv.shape
-    rstd, gain = torch.empty(2, batch, tokens), None
+    """See csrc/kernels.h: AttentionFwd."""
+    rstd, norm = torch.empty(0), None
     if q_weight is not None and k_weight is not None:
-        qkv, gain = qkv.contiguous(), _gain(q_weight, k_weight)
-        if qkv.numel():
-            _C.spatiotemporal_attention_norm_fwd(
-                ptr(qkv),
-                ptr(rstd),
-                batch * tokens,
-                heads * head_dim,
-                DTYPE[qkv.dtype],
-                float(eps),
-                torch.get_num_threads(),
-            )
-    else:
-        rstd = torch.empty(0)
-    o, lse = attention.forward(
-        *qkv.unbind(2),
-        None,
-        None,
-        tokens,
-        tokens,
-        False,
-        scale,
-        gain,
-        rstd if gain is not None else None,
-    )
+        qkv = qkv.contiguous()
+        rstd = _rstd(qkv, eps)
+        norm = Norm(_gain(q_weight, k_weight), rstd)
+    q, k, v = qkv.unbind(2)
+    o, lse = attention.forward(q, k, v, _options(q.shape[1], scale), norm)
     return o.flatten(2), lse, rstd
 
 
@@ -60,43 +62,42 @@ def spatiotemporal_attention_bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See csrc/kernels.h: AttentionBwd, SpatiotemporalAttentionNormBwd."""
-    batch, tokens, _, heads, head_dim = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
-    width = heads * head_dim
-    normed = q_weight is not None and k_weight is not None
-    dgain = torch.zeros(width if normed else 0)
-    if qkv.numel() == 0:
-        return dqkv, dgain, dgain.clone()
-    gain = None
-    if q_weight is not None and k_weight is not None:
-        qkv, gain = qkv.contiguous(), _gain(q_weight, k_weight)
-    dq, dk, dv = dqkv.unbind(2)
-    partial, direct = attention.backward(
-        d_o.unflatten(2, (heads, head_dim)),
-        None,
-        *qkv.unbind(2),
-        o,
-        lse,
-        None,
-        None,
-        tokens,
-        tokens,
-        False,
-        scale,
-        None if normed else dq,
-        None if normed else dk,
-        dv,
-        gain,
-        rstd if normed else None,
-    )
-    if q_weight is None or k_weight is None or partial is None:
-        return dqkv, dgain, dgain.clone()
-    rows = batch * tokens
+    options, grads = _options(qkv.shape[1], scale), (d_o, None)
+    if q_weight is None or k_weight is None:
+        if qkv.numel():
+            q, k, v = qkv.unbind(2)
+            dq, dk, dv = dqkv.unbind(2)
+            attention.backward(grads, (q, k, v, o, lse), (dq, dk, dv), options)
+        return dqkv, torch.empty(0), torch.empty(0)
+    dgain = torch.zeros(q_weight.shape)
+    if qkv.numel():
+        qkv = qkv.contiguous()
+        q, k, v = qkv.unbind(2)
+        norm = Norm(_gain(q_weight, k_weight), rstd)
+        sums = attention.backward(
+            grads, (q, k, v, o, lse), (None, None, dqkv[:, :, 2]), options, norm
+        )
+        _norm_bwd(qkv, norm, sums, dqkv, dgain)
+    return dqkv, dgain * k_weight.float(), dgain * q_weight.float()
+
+
+def _norm_bwd(
+    qkv: Tensor,
+    norm: Norm,
+    sums: tuple[Tensor | None, Tensor | None],
+    dqkv: Tensor,
+    dgain: Tensor,
+) -> None:
+    """See csrc/kernels.h: SpatiotemporalAttentionNormBwd."""
+    partial, direct = sums
+    assert partial is not None
+    rows, width = norm.rstd[0].numel(), dgain.numel()
     scratch = torch.empty(_C.row_chunks(rows), width)
     _C.spatiotemporal_attention_norm_bwd(
         ptr(qkv),
-        ptr(rstd),
-        ptr(gain),
+        ptr(norm.rstd),
+        ptr(norm.gain),
         ptr(partial),
         ptr(direct),
         ptr(dqkv),
@@ -108,4 +109,3 @@ def spatiotemporal_attention_bwd(
         DTYPE[qkv.dtype],
         torch.get_num_threads(),
     )
-    return dqkv, dgain * k_weight.float(), dgain * q_weight.float()

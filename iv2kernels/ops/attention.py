@@ -125,9 +125,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None) -> None:
         if x.dim() != (4 if packed is None else 3):
             raise ValueError(f"attention: {name} must be {dims}, got {list(x.shape)}")
     if v.shape != k.shape:
-        raise ValueError(
-            f"attention: v must be shaped like k {list(k.shape)}, got {list(v.shape)}"
-        )
+        raise ValueError(f"attention: v must be shaped like k {list(k.shape)}, got {list(v.shape)}")
     if k.shape[-1] != q.shape[-1] or (packed is None and k.shape[0] != q.shape[0]):
         raise ValueError(
             f"attention: k must have the batch and head_dim of q {list(q.shape)}, "

@@ -64,7 +64,7 @@ def check_layer(
         raise ValueError(f"{op}: {bias_name} must be [{weight.shape[0]}], got {list(bias.shape)}")
 
 
-def under_autocast(op: str, tensors: dict[str, Tensor | None]) -> Any:
+def under_autocast(op: str, tensors: dict[str, Tensor | None]) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where it is on, as torch's own linear takes them.
 
     Raises:

