@@ -108,10 +108,10 @@ struct MasksDraw {
   int64_t threads;
 };
 
-// Attention. Inputs are strided views with a contiguous head_dim: dense [B, N, heads, head_dim], or,
-// with cu_seqlens, [total, heads, head_dim] of `batch` sequences laid end to end, of which q_len and
-// k_len are the longest. A token is numbered over the whole batch: b * N + i, or its row. With
-// q_gain, q stands for q * q_rstd * q_gain and k for k * k_rstd (spatiotemporal_attention).
+// Attention. Inputs are strided views with a contiguous head_dim: dense [B, N, heads, head_dim],
+// or, with cu_seqlens, [total, heads, head_dim] of `batch` sequences laid end to end, of which
+// q_len and k_len are the longest. A token is numbered over the whole batch: b * N + i, or its row.
+// With q_gain, q stands for q * q_rstd * q_gain and k for k * k_rstd (spatiotemporal_attention).
 struct AttentionFwd {
   const void* q;                // [B, Nq, heads, head_dim] dtype
   const void* k;                // [B, Nk, kv_heads, head_dim] dtype
@@ -133,7 +133,8 @@ struct AttentionFwd {
   int64_t threads;
 };
 
-// Gradients are rows of tokens, `dq_token` and `dkv_token` elements apart, heads contiguous in a row.
+// Gradients are rows of tokens, `dq_token` and `dkv_token` elements apart, heads contiguous in a
+// row.
 struct AttentionBwd {
   const void* q;
   const void* k;
@@ -143,16 +144,16 @@ struct AttentionBwd {
   const float* q_gain;
   const float* q_rstd;
   const float* k_rstd;
-  const void* o;     // [B, Nq, heads, head_dim] dtype, contiguous
-  const void* d_o;   // the same
-  const float* lse;  // as in AttentionFwd
-  const float* dlse;   // the same, or null
-  void* dq;            // rows of [heads, head_dim] dtype, or null: the partial sums are left
-  void* dk;            // rows of [kv_heads, head_dim] dtype, or null
-  void* dv;            // rows of [kv_heads, head_dim] dtype
-  float* dq_partial;   // [key_chunks, total_q, heads, head_dim], or null when key_chunks is 1
-  float* dk_direct;    // [total_k, kv_heads, head_dim], the gradient of k * k_rstd's k; null with dk
-  float* scratch;      // [threads, attention_bwd_scratch(...)]
+  const void* o;      // [B, Nq, heads, head_dim] dtype, contiguous
+  const void* d_o;    // the same
+  const float* lse;   // as in AttentionFwd
+  const float* dlse;  // the same, or null
+  void* dq;           // rows of [heads, head_dim] dtype, or null: the partial sums are left
+  void* dk;           // rows of [kv_heads, head_dim] dtype, or null
+  void* dv;           // rows of [kv_heads, head_dim] dtype
+  float* dq_partial;  // [key_chunks, total_q, heads, head_dim], or null when key_chunks is 1
+  float* dk_direct;   // [total_k, kv_heads, head_dim], the gradient of k * k_rstd's k; null with dk
+  float* scratch;     // [threads, attention_bwd_scratch(...)]
   int64_t batch, heads, kv_heads, q_len, k_len, head_dim, total_q;
   int64_t q_batch, q_token, q_head;
   int64_t k_batch, k_token, k_head;
@@ -164,7 +165,7 @@ struct AttentionBwd {
   int64_t threads;
 };
 
-static constexpr int64_t kAttentionBlock = 64;  // queries and keys of a tile
+static constexpr int64_t kAttentionBlock = 64;  // queries and keys of a tile; forward in bf16 has 128
 static constexpr int64_t attention_blocks(int64_t tokens) {
   return (tokens + kAttentionBlock - 1) / kAttentionBlock;
 }
@@ -173,7 +174,7 @@ static constexpr int64_t attention_pad(int64_t head_dim) { return (head_dim + 15
 // Floats of scratch a thread needs: packed keys and values of a sequence, and tiles.
 static constexpr int64_t attention_fwd_scratch(int64_t head_dim, int64_t k_len) {
   const int64_t pad = attention_pad(head_dim);
-  return kAttentionBlock * (attention_blocks(k_len) * (2 * pad + 1) + 3 * pad + 81);
+  return kAttentionBlock * ((attention_blocks(k_len) + 1) * (2 * pad + 1) + 4 * pad + 145);
 }
 // The same: packed queries and output gradients of a sequence with the gradient of q, the gradients
 // of k and v (of one block, or of a sequence when heads share them), and tiles.
@@ -181,8 +182,8 @@ static constexpr int64_t attention_bwd_scratch(int64_t head_dim, int64_t q_len, 
                                                int64_t heads_per_kv) {
   const int64_t pad = attention_pad(head_dim);
   const int64_t k_blocks = heads_per_kv > 1 ? attention_blocks(k_len) : 1;
-  return kAttentionBlock * (attention_blocks(q_len) * (5 * pad + 2) + k_blocks * 2 * pad +
-                            4 * pad + 3 * kAttentionBlock + 1);
+  return kAttentionBlock * (attention_blocks(q_len) * (5 * pad + 2) + k_blocks * 2 * pad + 4 * pad +
+                            3 * kAttentionBlock + 1);
 }
 // Backward splits the keys of few heads into chunks, which are summed in order; a function of the
 // shape alone, so that results do not depend on the number of threads.
@@ -201,14 +202,14 @@ struct SpatiotemporalAttentionNormFwd {
 };
 
 struct SpatiotemporalAttentionNormBwd {
-  const void* qkv;          // [M, 3, C] dtype
-  const float* rstd;        // [2, M]
-  const float* gain;        // [C], q_weight * k_weight
-  float* dq_partial;        // [chunks, M, C]; overwritten
-  const float* dk_direct;   // [M, C]
-  void* dqkv;               // [M, 3, C] dtype; the first two thirds of a row are written
-  float* dgain;             // [C]
-  float* scratch;           // [row_chunks(M), C]
+  const void* qkv;         // [M, 3, C] dtype
+  const float* rstd;       // [2, M]
+  const float* gain;       // [C], q_weight * k_weight
+  float* dq_partial;       // [chunks, M, C]; overwritten
+  const float* dk_direct;  // [M, C]
+  void* dqkv;              // [M, 3, C] dtype; the first two thirds of a row are written
+  float* dgain;            // [C]
+  float* scratch;          // [row_chunks(M), C]
   int64_t rows, dim, chunks, dtype;
   int64_t threads;
 };

@@ -10,6 +10,7 @@ OP = "attention_guided_mask"
 # (B, F, N, num_keep): stage 1 (per frame), distillation (whole clip)
 SHAPES = [(32, 8, 256, 52), (32, 1, 2048, 410)]
 WRT = ()
+DTYPES = ("float32",)
 
 
 def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Tensor | int]:

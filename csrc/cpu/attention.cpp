@@ -1,8 +1,8 @@
 // attention.cpp - o = softmax(q k^T scale) v and its gradients, without the score matrix.
 //
 // Forward: a task is one kv head of one sequence and some of its query blocks. It packs the keys
-// (transposed) and values into its scratch, where they stay in cache, and for 64 queries at a time
-// runs over blocks of 64 keys: scores, online softmax with a lazily raised maximum, P v.
+// (transposed) and values into its scratch, where they stay in cache, and for 48 queries at a time
+// runs over blocks of keys: scores, online softmax with a lazily raised maximum, P v.
 // P overwrites the scores as an operand A. Backward: a task is one kv head of one sequence and a
 // fixed chunk of its keys; for each block of keys it runs over the queries with S^T = k q^T
 // recomputed from lse, so that P^T and dS^T come out as operands for dv and dk, and dS (the same
@@ -16,22 +16,28 @@ namespace iv2::IV2_ISA {
 namespace {
 
 constexpr int64_t kBlock = kAttentionBlock;
+// Forward has blocks of its own: 48 queries are whole register tiles, and more keys at a time touch
+// the sums of P v less often. Scores of 48 x 128 or 64 in fp32 fit in L1.
+constexpr int64_t kQueries = 48;
+template <class Words>
+constexpr int64_t kKeys = kBlock * Words::per_word;
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kInfinity = __builtin_inff();
 // Scores may exceed the maximum in use by this much (2^8 in P) before the sums are rescaled.
 constexpr float kSlack = 8.0f;
 
 // +inf where a key is visible, for min(mask, scores).
+constexpr int64_t kMaskSpan = 2 * kBlock;
 struct MaskTable {
-  float v[3 * kBlock];
+  float v[3 * kMaskSpan];
   constexpr MaskTable() : v() {
-    for (int64_t i = 0; i < 3 * kBlock; ++i)
-      v[i] = i >= kBlock && i < 2 * kBlock ? -kInfinity : kInfinity;
+    for (int64_t i = 0; i < 3 * kMaskSpan; ++i)
+      v[i] = i >= kMaskSpan && i < 2 * kMaskSpan ? -kInfinity : kInfinity;
   }
 };
 constexpr MaskTable kMask;
-inline const float* keep_below(int64_t limit) { return kMask.v + kBlock - limit; }
-inline const float* keep_from(int64_t first) { return kMask.v + 2 * kBlock - first; }
+inline const float* keep_below(int64_t limit) { return kMask.v + kMaskSpan - limit; }
+inline const float* keep_from(int64_t first) { return kMask.v + 2 * kMaskSpan - first; }
 
 // Scores are kept in units of 1 where fp32 accuracy is due, as log2(e) would round them once more,
 // and in units of log2 otherwise.
@@ -121,12 +127,12 @@ struct FwdScratch {
   float *rows, *q, *scores, *out;  // tiles of 64 rows
   float *peak, *sums;              // of a query: the maximum in use; [64, Vec::size]
   explicit FwdScratch(const AttentionFwd& a) : pad(attention_pad(a.head_dim)) {
-    const int64_t blocks = attention_blocks(a.k_len);
+    const int64_t blocks = attention_blocks(a.k_len) + 1;  // whole blocks of 128
     float* p = a.scratch + thread_index() * attention_fwd_scratch(a.head_dim, a.k_len);
     keys = take(p, blocks * kBlock * pad), values = take(p, blocks * kBlock * pad);
     k_scale = take(p, blocks * kBlock);
-    rows = take(p, kBlock * pad), q = take(p, kBlock * pad), out = take(p, kBlock * pad);
-    scores = take(p, kBlock * kBlock);
+    rows = take(p, 2 * kBlock * pad), q = take(p, kBlock * pad), out = take(p, kBlock * pad);
+    scores = take(p, 2 * kBlock * kBlock);
     peak = take(p, kBlock), sums = take(p, kBlock * 16);
   }
 };
@@ -135,14 +141,14 @@ template <class Words, class T>
 void pack_keys_and_values(const AttentionFwd& a, const Sequence& s, int64_t head,
                           const FwdScratch& w) {
   const Packer<Words> pack(a.head_dim);
-  for (int64_t first = 0; first < s.k_len; first += kBlock) {
-    const int64_t n = min_of(kBlock, s.k_len - first), n_padded = round_up(n, 16);
+  for (int64_t first = 0; first < s.k_len; first += kKeys<Words>) {
+    const int64_t n = min_of(kKeys<Words>, s.k_len - first), n_padded = round_up(n, 16);
     pack.template keys<T>(a, s, head, first, n, n_padded, w.rows);
     transpose_words(w.rows, pack.ld, n_padded, words<Words>(pack.dim), w.keys + first * w.pad,
-                    kBlock);
+                    kKeys<Words>);
     pack.template values<T>(a, s, head, first, n, w.rows);
     stack_words<Words>(w.rows, pack.ld, n, pack.dim, w.values + first * w.pad, w.pad);
-    for (int64_t j = first; j < first + kBlock; ++j) {
+    for (int64_t j = first; j < first + kKeys<Words>; ++j) {
       const float rstd = j >= s.k_len ? 0.0f : a.k_rstd ? a.k_rstd[s.k_token + j] : 1.0f;
       w.k_scale[j] = rstd * static_cast<float>(a.scale) * kPerNat<Words>;
     }
@@ -180,7 +186,7 @@ template <class Words, int kVecs>
 void softmax_block(const FwdScratch& w, int64_t rows, const float* k_scale, int64_t visible,
                    int64_t step, int64_t dim) {
   for (int64_t r = 0; r < rows; ++r, visible += step) {
-    float* s = w.scores + r * kBlock;
+    float* s = w.scores + r * kKeys<Words>;
     Vec y[kVecs];
     for (int v = 0; v < kVecs; ++v)
       y[v] = mul(load(s + v * Vec::size), load(k_scale + v * Vec::size));
@@ -190,9 +196,9 @@ void softmax_block(const FwdScratch& w, int64_t rows, const float* k_scale, int6
     }
     Vec highest = y[0];
     for (int v = 1; v < kVecs; ++v) highest = max(highest, y[v]);
-    const float top = max_across(highest);
     float* sums = w.sums + r * 16;
-    if (top > w.peak[r] + kSlack) rescale<Words>(top, w.peak + r, sums, w.out + r * w.pad, dim);
+    if (any_above(highest, w.peak[r] + kSlack))
+      rescale<Words>(max_across(highest), w.peak + r, sums, w.out + r * w.pad, dim);
     const Vec base = set(w.peak[r] == -kInfinity ? 0.0f : w.peak[r]);
     Vec total = load(sums);
     for (int v = 0; v < kVecs; ++v) {
@@ -204,7 +210,7 @@ void softmax_block(const FwdScratch& w, int64_t rows, const float* k_scale, int6
   }
 }
 
-template <class Words, int kVecs = kBlock / Vec::size>
+template <class Words, int kVecs = kKeys<Words> / Vec::size>
 inline void softmax_vecs(int64_t vecs, const FwdScratch& w, int64_t rows, const float* k_scale,
                          int64_t visible, int64_t step, int64_t dim) {
   if constexpr (kVecs > 1) {
@@ -239,7 +245,7 @@ template <class Words, class T>
 void attend(const AttentionFwd& a, const Sequence& s, int64_t head, int64_t first,
             const FwdScratch& w) {
   const Packer<Words> pack(a.head_dim);
-  const int64_t rows = min_of(kBlock, s.q_len - first);
+  const int64_t rows = min_of(kQueries, s.q_len - first);
   const int64_t dim_vecs = (a.head_dim + Vec::size - 1) / Vec::size;
   pack.template queries<T>(a, s, head, first, rows, rows, w.q);
   for (int64_t r = 0; r < rows; ++r) {
@@ -249,26 +255,28 @@ void attend(const AttentionFwd& a, const Sequence& s, int64_t head, int64_t firs
   int64_t k_len = s.k_len;
   if (a.causal) k_len = max_of<int64_t>(0, min_of(k_len, first + rows - s.unseen));
   if (k_len == 0) memset(w.out, 0, static_cast<size_t>(rows * w.pad) * 4);
-  for (int64_t j = 0; j < k_len; j += kBlock) {
-    const int64_t keys = min_of(kBlock, k_len - j), vecs = (keys + Vec::size - 1) / Vec::size;
-    multiply<Words>(
-        {w.q, pack.ld, w.keys + j * w.pad, kBlock, w.scores, kBlock, words<Words>(a.head_dim)},
-        rows, vecs, false);
+  for (int64_t j = 0; j < k_len; j += kKeys<Words>) {
+    const int64_t keys = min_of(kKeys<Words>, k_len - j), vecs = (keys + Vec::size - 1) / Vec::size;
+    multiply<Words>({w.q, pack.ld, w.keys + j * w.pad, kKeys<Words>, w.scores, kKeys<Words>,
+                     words<Words>(a.head_dim)},
+                    rows, vecs, false);
     const int64_t visible = a.causal ? min_of(keys, first + 1 - s.unseen - j) : keys;
     // In the block of the diagonal visible keys grow by one a row; k_len ends them.
     const bool diagonal = a.causal && first + 1 - s.unseen - j < keys;
     softmax_vecs<Words>(vecs, w, rows, w.k_scale + j, visible, diagonal ? 1 : 0, a.head_dim);
     multiply<Words>(
-        {w.scores, kBlock, w.values + j * w.pad, w.pad, w.out, w.pad, words<Words>(keys)}, rows,
-        dim_vecs, j > 0);
+        {w.scores, kKeys<Words>, w.values + j * w.pad, w.pad, w.out, w.pad, words<Words>(keys)},
+        rows, dim_vecs, j > 0);
   }
   store_output<Words, T>(a, s, head, first, rows, w);
 }
 
+inline int64_t query_blocks(int64_t tokens) { return (tokens + kQueries - 1) / kQueries; }
+
 template <class T>
 void fwd(const AttentionFwd& a) {
   using Words = typename WordsOf<T>::type;
-  const int64_t group = a.heads / a.kv_heads, q_blocks = attention_blocks(a.q_len);
+  const int64_t group = a.heads / a.kv_heads, q_blocks = query_blocks(a.q_len);
   // About six tasks a thread, of at least eight blocks, which repay packing the keys again.
   const int64_t blocks = group * q_blocks, tasks = a.batch * a.kv_heads;
   const int64_t wanted = max_of<int64_t>(8, blocks * tasks / (6 * a.threads));
@@ -276,14 +284,14 @@ void fwd(const AttentionFwd& a) {
   parallel_for(tasks * pieces, a.threads, [&](int64_t task) {
     const Sequence s = sequence(a, task / (a.kv_heads * pieces));
     const int64_t kv_head = task / pieces % a.kv_heads, piece = task % pieces;
-    const int64_t all = group * attention_blocks(s.q_len);
+    const int64_t all = group * query_blocks(s.q_len);
     const int64_t begin = all * piece / pieces, end = all * (piece + 1) / pieces;
     if (begin == end) return;
     const FwdScratch w(a);
     pack_keys_and_values<Words, T>(a, s, kv_head, w);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = kv_head * group + i / attention_blocks(s.q_len);
-      attend<Words, T>(a, s, head, i % attention_blocks(s.q_len) * kBlock, w);
+      const int64_t head = kv_head * group + i / query_blocks(s.q_len);
+      attend<Words, T>(a, s, head, i % query_blocks(s.q_len) * kQueries, w);
     }
   });
 }
@@ -335,6 +343,7 @@ void pack_queries(const AttentionBwd& a, const Sequence& s, int64_t head, const 
     for (int64_t r = 0; r < kBlock; ++r) {
       Vec dot = set(0);
       if (r < n) {
+        prefetch_row(o + (r + 8) * step, a.head_dim);
         for_each_vec(a.head_dim, [&](int64_t i, int64_t count) {
           dot = fma(load_at(d_o + r * step, i, count), load_at(o + r * step, i, count), dot);
         });

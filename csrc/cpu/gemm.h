@@ -3,7 +3,7 @@
 // Operands are counted in words of 4 bytes. A word holds one fp32, or two bf16 that are neighbours
 // along the depth (the summed axis), which one vdpbf16ps multiplies and adds in fp32. So both
 // precisions share one loop: broadcast a word of A, load a vector of words of B, multiply, add to
-// fp32. C is kept in registers, kTileRows x kTileVecs vectors, over the whole depth; a panel of B
+// fp32. C is kept in registers, tile_rows x kTileVecs vectors, over the whole depth; a panel of B
 // (depth x kTileVecs vectors) is read again for every group of rows and should fit in L1.
 #pragma once
 #include "vec.h"
@@ -11,12 +11,17 @@
 namespace iv2::IV2_ISA {
 namespace {
 
+// Rows of a tile of `vecs` vectors: as many as the registers hold, short of one for a word of A and
+// `vecs` for B.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileVecs = 4;
+constexpr int kTileVecs = 6;
+constexpr int tile_rows(int vecs) { return vecs > 4 ? 4 : vecs == 4 ? 6 : 8; }
 #elif defined(__AVX2__)
-constexpr int kTileRows = 6, kTileVecs = 2;
+constexpr int kTileVecs = 2;
+constexpr int tile_rows(int) { return 6; }
 #else
-constexpr int kTileRows = 2, kTileVecs = 1;
+constexpr int kTileVecs = 1;
+constexpr int tile_rows(int) { return 2; }
 #endif
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
@@ -103,8 +108,8 @@ void multiply_tile(const Operands& t, bool add_to_c) {
   }
 }
 
-// The last rows, fewer than kTileRows.
-template <class Words, bool kTransposed, int kVecs, int kRows = kTileRows - 1>
+// The last rows, fewer than tile_rows(kVecs).
+template <class Words, bool kTransposed, int kVecs, int kRows = tile_rows(kVecs) - 1>
 inline void multiply_last_rows(const Operands& t, int64_t rows, bool add_to_c) {
   if constexpr (kRows > 0) {
     if (rows == kRows)
@@ -123,16 +128,17 @@ inline void multiply_panel(Operands t, int64_t rows, int64_t vecs, bool add_to_c
       return;
     }
   }
-  for (; rows >= kTileRows; rows -= kTileRows) {
-    multiply_tile<Words, kTransposed, kTileRows, kVecs>(t, add_to_c);
-    t.a += kTransposed ? kTileRows : kTileRows * t.lda;
-    t.c += kTileRows * t.ldc;
+  constexpr int kRows = tile_rows(kVecs);
+  for (; rows >= kRows; rows -= kRows) {
+    multiply_tile<Words, kTransposed, kRows, kVecs>(t, add_to_c);
+    t.a += kTransposed ? kRows : kRows * t.lda;
+    t.c += kRows * t.ldc;
   }
   multiply_last_rows<Words, kTransposed, kVecs>(t, rows, add_to_c);
 }
 
 // C[rows, vecs * Vec::size] = or += A B; whole vectors of B and C are touched. Parts are of equal
-// size: 6 vectors are 3 + 3, which feed the multipliers better than 4 + 2, and no panel of B is
+// size: 8 vectors are 4 + 4, which feed the multipliers better than 6 + 2, and no panel of B is
 // deeper than what L1 holds and what a chain of fp32 additions should be.
 template <class Words, bool kTransposed = false>
 void multiply(const Operands& all, int64_t rows, int64_t vecs, bool add_to_c) {
@@ -155,14 +161,23 @@ void multiply(const Operands& all, int64_t rows, int64_t vecs, bool add_to_c) {
   }
 }
 
+template <class T>
+inline void prefetch_row(const T* row, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(row + i);
+  __builtin_prefetch(row + dim - 1);
+}
+
 // Rows of a tensor as an operand A: dst[r] = src[r] * row_scale[r] * gain, in words. Rows from n to
 // n_padded, and elements from dim to a whole vector, are zero. gain and row_scale: both or neither.
+// Rows of one head lie a token apart, where no hardware prefetcher follows.
 template <class Words, class T>
 void pack_rows(const T* src, int64_t step, int64_t n, int64_t n_padded, int64_t dim,
                const float* row_scale, const float* gain, float* dst, int64_t ld) {
   using Element = typename Words::Element;
   for (int64_t r = 0; r < n_padded; ++r) {
     const T* in = src + r * step;
+    prefetch_row(in + 8 * step, dim);
     Element* out = reinterpret_cast<Element*>(dst + r * ld);
     for_each_vec(dim, [&](int64_t i, int64_t count) {
       Vec x = r < n ? load_at(in, i, count) : set(0);

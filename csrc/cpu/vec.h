@@ -165,6 +165,9 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float max_across(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline bool any_above(Vec a, float limit) {
+  return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+}
 // a with the lanes from n on set to 0.
 inline Vec keep_first(Vec a, int64_t n) { return {_mm512_maskz_mov_ps(first(n), a.v)}; }
 // Lane by lane: yes where a < b, else no.
@@ -262,6 +265,9 @@ inline float max_across(Vec a) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+inline bool any_above(Vec a, float limit) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
+}
 inline Vec keep_first(Vec a, int64_t n) {
   return {_mm256_and_ps(a.v, _mm256_castsi256_ps(first(n)))};
 }
@@ -349,6 +355,11 @@ inline float sum(Vec a) {
 inline float max_across(Vec a) {
   for (int i = 1; i < 8; ++i) a.v[0] = max_of(a.v[0], a.v[i]);
   return a.v[0];
+}
+inline bool any_above(Vec a, float limit) {
+  for (float x : a.v)
+    if (x > limit) return true;
+  return false;
 }
 inline Vec keep_first(Vec a, int64_t n) {
   return each([&](int i) { return i < n ? a.v[i] : 0.0f; });

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 # Raised whenever the same arguments would give other clips.
-VERSION = 2
+VERSION = 3
 
 # Coordinate of (column, row, angle, size) that moves, and its sign. Rows grow downwards.
 MOTIONS: dict[str, tuple[int, int]] = {
@@ -71,7 +71,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 SAMPLE_RATE = 16_000
 # Diameters as fractions of the frame; the size coordinate is logarithmic between them.
-SMALLEST, LARGEST = 0.3, 0.7
+SMALLEST, LARGEST = 0.4, 0.8
 # Part of its torus coordinate that a motion covers over the whole clip.
 TRAVEL = (0.36, 0.49)
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iv2.checkpoint import Report, load_checkpoint
-from iv2.models.positions import Grid, sinusoid
+from iv2.models.positions import Grid, sincos_space_time, sinusoid
 from iv2.models.vision import VISION, VisionConfig, VisionEncoder, return_layers
 from iv2kernels import attention, linear, spatiotemporal_attention
-from iv2kernels.nn import Linear, Mlp, PatchEmbed
+from iv2kernels.nn import Linear, Mlp, PatchEmbed, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,10 @@ class VideoMAEConfig:
     tubelet_size: int = 2
     # Frames of a clip.
     num_frames: int = 16
+    # RMSNorm of q and k over all heads; the published model has none.
+    qk_norm: bool = False
+    # Fixed position table: over the token number, as published, or sin-cos in time, row and column.
+    pos_table: Literal["sinusoid", "sincos"] = "sinusoid"
     # Attention among the heads of a token, as the released code computes it by mistake.
     as_released: bool = False
     # Classes of the supervised head; 0 builds none.
@@ -177,12 +181,14 @@ class VideoMAEConfig:
 class _MAEAttention(nn.Module):
     """Attention with a bias of q and v, and none of k."""
 
-    def __init__(self, dim: int, num_heads: int, as_released: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, as_released: bool, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads, self.as_released = num_heads, as_released
         self.qkv = Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.q_norm = RMSNorm(dim) if qk_norm else None
+        self.k_norm = RMSNorm(dim) if qk_norm else None
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, C] -> [B, N, C]
@@ -194,7 +200,8 @@ class _MAEAttention(nn.Module):
             q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()
             mixed = attention(q, k, v).reshape(batch, tokens, dim)
         else:
-            mixed = spatiotemporal_attention(qkv)
+            norms = [None if n is None else n.weight for n in (self.q_norm, self.k_norm)]
+            mixed = spatiotemporal_attention(qkv, *norms)
         y: Tensor = self.proj(mixed)
         return y
 
@@ -204,7 +211,9 @@ class _MAEBlock(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.norm1 = nn.LayerNorm(dim, 1e-6)
-        self.attn = _MAEAttention(dim, config.num_heads, config.as_released)
+        self.attn = _MAEAttention(
+            dim, config.num_heads, config.as_released, config.qk_norm
+        )
         self.norm2 = nn.LayerNorm(dim, 1e-6)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), approximate="none")
 
@@ -248,7 +257,12 @@ class VideoMAEEncoder(nn.Module):
             or table.device != weight.device
             or table.dtype != weight.dtype
         ):
-            table = sinusoid(self.config.embed_dim, num_tokens).to(weight)
+            dim, (frames, height, width) = self.config.embed_dim, self.config.grid
+            if self.config.pos_table == "sinusoid":
+                table = sinusoid(dim, num_tokens).to(weight)
+            else:
+                per_frame = height * width
+                table = sincos_space_time(dim, (num_tokens // per_frame, height, width)).to(weight)
             self._table = table
         return table
 
@@ -338,7 +352,7 @@ TEACHERS: dict[str, tuple[type[Any], VisionConfig | VideoMAEConfig, tuple[int, .
     "stage2-1b": (EncoderTeacher, VISION["1b"], return_layers(40, 6, 3.34)),
     "teacher-image-tiny": (
         InternVLTeacher,
-        replace(_TINY, num_frames=1, layer_scale=0.1),
+        replace(_TINY, num_frames=1),
         return_layers(_TINY.depth, 2, 1),
     ),
     "teacher-video-tiny": (
@@ -349,6 +363,8 @@ TEACHERS: dict[str, tuple[type[Any], VisionConfig | VideoMAEConfig, tuple[int, .
             num_heads=_TINY.num_heads,
             mlp_ratio=_TINY.mlp_ratio,
             img_size=_TINY.img_size,
+            qk_norm=True,
+            pos_table="sincos",
         ),
         return_layers(_TINY.depth, 2, 1),
     ),

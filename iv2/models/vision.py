@@ -157,7 +157,7 @@ class VisionEncoder(nn.Module):
         """Initialise as published (the convolution keeps PyTorch's default)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=self.config.init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for i, block in enumerate(self.blocks):

@@ -32,6 +32,8 @@ class VisionConfig:
     qk_norm: bool = True
     # Initial LayerScale: 1e-5 in training, 0.1 in the CLIP models and the InternVL teacher.
     layer_scale: float = 1e-5
+    # Standard deviation of the linear weights at the start; the published models have 0.02.
+    init_std: float = 0.02
     # GELU of the blocks. Published weights need tanh.
     gelu: Literal["tanh", "erf"] = "tanh"
     # Drop-path rate of the last block; it grows linearly from 0 at the first.
@@ -115,7 +117,15 @@ def return_layers(depth: int, count: int, interval: float) -> tuple[int, ...]:
 
 VISION: dict[str, VisionConfig] = {
     "tiny": VisionConfig(
-        embed_dim=128, depth=4, num_heads=4, mlp_ratio=4, img_size=56, clip_embed_dim=128
+        embed_dim=128,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=4,
+        img_size=56,
+        clip_embed_dim=128,
+        # Four narrow blocks need no taming: published values would cost most of a short run.
+        layer_scale=1.0,
+        init_std=0.08,
     ),
     "s": VisionConfig(embed_dim=384, depth=12, num_heads=6, mlp_ratio=4),
     "b": VisionConfig(embed_dim=768, depth=12, num_heads=12, mlp_ratio=4),

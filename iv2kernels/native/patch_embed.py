@@ -11,6 +11,9 @@ from iv2kernels.native.gather_tokens import checked_ids, scatter_add
 from iv2kernels.native.memory import DTYPE, contiguous, floats, ptr
 from iv2kernels.ops.patch_embed import grid_of, normalize
 
+# Rows in one product of the weight's gradient. Relative error at 1668 rows: 2.5e-7 in one product,
+# 2.4e-7 with 448, 2.0e-7 with 224; the dense convolution's, most of whose terms are zero, 1.6e-7.
+_SHORT = 224
 _TABLES: dict[torch.dtype, Tensor] = {}
 
 
@@ -136,7 +139,7 @@ def patch_embed_bwd(
         # the CLS rows of the tubelets are zero
         patches = _tubelets(video, weight, None if ids_keep is None else ids, first)
         dy2 = dy.view(len(patches), dim).to(patches.dtype)
-        dweight = grad_weight(dy2, patches).view(weight.shape).to(weight.dtype)
+        dweight = _weight_grad(dy2, patches).view(weight.shape).to(weight.dtype)
     if need_bias or need_cls or (need_pos and has_cls):
         dbias, dcls_token = _row_sums(dy, first)
     if need_pos and ids is not None:
@@ -154,6 +157,16 @@ def patch_embed_bwd(
         dpos_embed,
         dcls_token if need_cls else torch.empty(0),
     )
+
+
+def _weight_grad(dy: Tensor, patches: Tensor) -> Tensor:
+    """``dy.T @ patches``; in float32 as a sum of short products, which rounds less."""
+    if dy.dtype != torch.float32 or len(dy) <= _SHORT:
+        return grad_weight(dy, patches)
+    total = torch.zeros(dy.shape[1], patches.shape[1])
+    for rows, tubelets in zip(dy.split(_SHORT), patches.split(_SHORT), strict=True):
+        total.addmm_(rows.t(), tubelets)
+    return total
 
 
 def _row_sums(dy: Tensor, first: int) -> tuple[Tensor, Tensor]:

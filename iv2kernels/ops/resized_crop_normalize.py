@@ -13,7 +13,7 @@ from iv2kernels.dispatch import Impl
 from iv2kernels.ops.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 
 Interpolation = Literal["bilinear", "bicubic"]
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float64)
 
 
 def resized_crop_normalize(
@@ -42,7 +42,8 @@ def resized_crop_normalize(
         flip: Mirror left and right.
         interpolation: The filter; bicubic is Keys' with a = -0.5, as in PIL and in torch's
             antialiased resize.
-        dtype: float32, bfloat16, float16, or uint8, which rounds instead of normalising.
+        dtype: float32, bfloat16, float16 (float64: reference), or uint8, which rounds instead of
+            normalising.
         impl: Implementation; None lets dispatch choose.
 
     Returns:
@@ -60,7 +61,8 @@ def resized_crop_normalize(
     """
     box, size = tuple(box), tuple(size)  # type: ignore[assignment]
     _check(frames, box, size, interpolation, dtype)
-    name = dispatch.choose("resized_crop_normalize", frames, impl)
+    limiting = frames.new_empty(0, dtype=dtype) if dtype == torch.float64 else frames
+    name = dispatch.choose("resized_crop_normalize", limiting, impl)
     if name == "reference":
         return reference(frames, box, size, flip, interpolation, dtype)
     y: Tensor = _fwd(frames, box, size, flip, interpolation, dtype, name)

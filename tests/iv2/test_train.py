@@ -94,8 +94,8 @@ def assert_same(a, b, where="state"):
         assert a == b, where
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_equal_one(tmp_path, accumulate):
+def test_two_processes_equal_one(tmp_path):
+    accumulate = 2  # the first backward of a step stays local, the second one is averaged
     flags = {"steps": 4, "accumulate": accumulate}
     # A step is cut into micro-batches after it is cut into ranks, so the whole of it is the same.
     two = start(tmp_path / "two", ranks=2, batch_size=4 // accumulate, **flags)

@@ -41,7 +41,7 @@ def test_matches_float64(isa, shape, add, dtype):
 @pytest.mark.parametrize("shape", [(2, 2, 2049, 417, 384), (1, 2, 2049, 411, 1408)])
 def test_matches_float64_at_real_sizes(shape, dtype):
     inputs = bench.inputs(shape, dtype)
-    check(native, op.reference, inputs, [name for name in bench.WRT if inputs[name] is not None])
+    check(native, op.reference, inputs, [name for name in ("x", "add") if inputs[name] is not None])
 
 
 def test_without_a_sum_rows_are_copied_bit_by_bit():
@@ -69,7 +69,7 @@ def test_partial_gradients(wrt):
     check(native, op.reference, inputs, wrt)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_shape(data):
     integers = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_as_accurate, check, run
+from compare import assert_as_accurate, check, errors, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -61,7 +61,7 @@ def test_matches_float64(isa, sizes, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_float64_at_real_sizes(dtype):
-    inputs = bench.inputs((2, 8, 224, 14, 384, 416), dtype)
+    inputs = bench.inputs(bench.SHAPES[0], dtype)
     check(native, reference, inputs, bench.WRT)
     inputs = bench.inputs((1, 2, 224, 14, 1408, None), dtype)
     check(native, reference, as_bytes(inputs), bench.WRT)
@@ -101,8 +101,9 @@ def test_mixed_dtypes(isa, dtype):
 def test_any_shape(data):
     integers = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     grid = (integers(1, 3), integers(1, 4), integers(1, 4))
-    inputs = example(
-        data.draw(st.sampled_from(DTYPES[:2])),
+    dtype = data.draw(st.sampled_from(DTYPES[:2]))
+    floats = example(
+        dtype,
         batch=integers(1, 3),
         grid=grid,
         tubelet=integers(1, 3),
@@ -110,8 +111,12 @@ def test_any_shape(data):
         width=integers(1, 50),
         keep=integers(1, grid[0] * grid[1] * grid[2]),
     )
-    check(native, reference, inputs, ALL)
-    check(native, reference, as_bytes(inputs), bench.WRT)
+    # Over a few numbers one rounding decides about the ratio to eager's error: a bound instead.
+    bound = 1e-6 if dtype == torch.float32 else 1.5e-2
+    for inputs, wrt in ((floats, ALL), (as_bytes(floats), bench.WRT)):
+        got, truth = run(native, inputs, wrt), run(reference, inputs, wrt, torch.float64)
+        for name, value in got.items():
+            assert errors(value, truth[name])[0] < bound, name
 
 
 def test_strided_videos_are_the_same():

@@ -53,7 +53,7 @@ def test_matches_float64_at_real_sizes(shape, dtype):
     check(**inputs, interpolation="bicubic", flip=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_shape(data):
     integers = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
@@ -147,5 +147,10 @@ def test_errors():
         k.resized_crop_normalize(frames[0], (0, 0, 5, 5), size)
     with pytest.raises(ValueError, match="must be one of bilinear, bicubic, got area"):
         k.resized_crop_normalize(frames, (0, 0, 5, 5), size, interpolation="area")
+    with pytest.raises(RuntimeError, match="native cannot run: native resized_crop_normalize"):
+        k.resized_crop_normalize(frames, (0, 0, 5, 5), size, dtype=torch.float64, impl="native")
+    assert k.resized_crop_normalize(
+        frames, (0, 0, 5, 5), size, dtype=torch.float64
+    ).is_floating_point()
     with pytest.raises(TypeError, match=r"dtype must be one of torch\.float32, .* torch\.int64"):
         k.resized_crop_normalize(frames, (0, 0, 5, 5), size, dtype=torch.int64)
