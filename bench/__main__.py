@@ -23,7 +23,7 @@ from bench.timing import interleaved, median_ratio, peaks
 from iv2kernels import dispatch
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
-from compare import assert_as_accurate, run  # noqa: E402
+from compare import assert_as_accurate, run
 
 OPS = sorted(p.stem for p in (Path(__file__).parent / "ops").glob("*.py") if p.stem != "__init__")
 COLUMNS = ("op", "impl", "shape", "dtype", "forward_ms", "both_ms", "x_eager", "x_eager_both")
@@ -61,23 +61,30 @@ def calls(
     if not wrt:
         return forward, forward
     leaves = {
-        n: v.detach().requires_grad_(n in wrt) if torch.is_tensor(v) and v.is_floating_point() else v
+        n: v.detach().requires_grad_(n in wrt)
+        if torch.is_tensor(v) and v.is_floating_point()
+        else v
         for n, v in inputs.items()
     }
 
     def both() -> Any:
         out = op(**leaves, impl=impl)
         outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
-        return torch.autograd.grad(outs, [leaves[n] for n in wrt], [torch.ones_like(o) for o in outs])
+        return torch.autograd.grad(
+            outs, [leaves[n] for n in wrt], [torch.ones_like(o) for o in outs]
+        )
 
     return forward, both
 
 
-def is_right(op: Callable[..., Any], inputs: dict[str, Any], wrt: tuple[str, ...], impl: str) -> bool:
+def is_right(
+    op: Callable[..., Any], inputs: dict[str, Any], wrt: tuple[str, ...], impl: str
+) -> bool:
     """Whether the implementation passes the accuracy rule on this input."""
     got = run(lambda **i: op(**i, impl=impl), inputs, wrt)
     eager = run(lambda **i: op(**i, impl="reference"), inputs, wrt)
-    truth = run(lambda **i: op(**i, impl="reference"), inputs, wrt, torch.float64)
+    exact = inputs | {"dtype": torch.float64} if "dtype" in inputs else inputs
+    truth = run(lambda **i: op(**i, impl="reference"), exact, wrt, torch.float64)
     try:
         for name, value in got.items():
             if value.is_floating_point():
@@ -132,7 +139,9 @@ def main(options: Options) -> None:
         print("  ".join(cells), flush=True)
     ours = [row["x_eager_both"] for row in table if row["impl"] != "reference"]
     if ours:
-        print(f"geometric mean of x_eager_both: {math.exp(statistics.mean(map(math.log, ours))):.2f}")
+        print(
+            f"geometric mean of x_eager_both: {math.exp(statistics.mean(map(math.log, ours))):.2f}"
+        )
     if options.csv:
         with options.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)

@@ -1,4 +1,4 @@
-"""Interleaved timing: candidates take turns in one process, so that a busy machine hits all alike."""
+"""Interleaved timing: candidates take turns in one process; a busy machine hits all alike."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def toyworld(
     )
 
 
-def convert(source: Path, target: Path) -> None:
+def convert(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path]) -> None:
     """Rewrite a published checkpoint (.pth, .pt, .bin) as .safetensors.
 
     Args:
@@ -105,7 +105,9 @@ COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
 
 def _usage() -> str:
     rows = "\n".join(f"  {name:10s} {text}" for name, (text, _) in COMMANDS.items())
-    return f"usage: iv2 COMMAND [OPTIONS]\n\ncommands:\n{rows}\n\n`iv2 COMMAND --help` explains each."
+    return (
+        f"usage: iv2 COMMAND [OPTIONS]\n\ncommands:\n{rows}\n\n`iv2 COMMAND --help` explains each."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

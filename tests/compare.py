@@ -32,7 +32,9 @@ def assert_as_accurate(name: str, got: Tensor, eager: Tensor, truth: Tensor) -> 
     floor = FLOOR[got.dtype] * (1 if truth.numel() >= 256 else 4)
     error, worst = errors(got, truth)
     eager_error, eager_worst = errors(eager, truth)
-    assert error <= max(1.5 * eager_error, floor), f"{name}: error {error:.2e}, eager {eager_error:.2e}"
+    assert error <= max(1.5 * eager_error, floor), (
+        f"{name}: error {error:.2e}, eager {eager_error:.2e}"
+    )
     # A single row has no averaging: the floor of its error is higher.
     assert worst <= max(4 * eager_worst, 8 * floor), (
         f"{name}: worst row {worst:.2e}, eager {eager_worst:.2e}"

@@ -1,4 +1,4 @@
-"""What every test has: two threads, a fixed seed, poisoned memory, and the paths of this machine."""
+"""What every test has: two threads, a fixed seed, poisoned memory, each instruction set."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 import iv2kernels
 from iv2kernels import _C
 
 ISAS = _C.available_isas()
+
+# The same examples in every run: a failure is of the change, not of luck.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

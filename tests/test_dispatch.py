@@ -73,7 +73,9 @@ def test_environment_variables():
     code += "print(_C.isa(), dispatch.choose('add_rms_norm', torch.ones(1)))"
     assert run(code, IV2_ISA="scalar").stdout.split() == ["scalar", "reference"]
     assert run(code, IV2_IMPL="reference").stdout.split()[1] == "reference"
-    assert "IV2_ISA must be one of scalar" in run("from iv2kernels import _C", IV2_ISA="neon").stderr
+    assert (
+        "IV2_ISA must be one of scalar" in run("from iv2kernels import _C", IV2_ISA="neon").stderr
+    )
     assert "IV2_IMPL must be one of reference" in run("import iv2kernels", IV2_IMPL="x").stderr
 
 

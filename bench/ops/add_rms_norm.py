@@ -12,7 +12,7 @@ WRT = ("x", "residual", "weight", "layer_scale")
 
 def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
     """The arguments of the op, by name."""
-    batch, tokens, width = shape
+    batch, _, width = shape
     g = torch.Generator().manual_seed(0)
     return {
         "x": torch.randn(shape, generator=g).to(dtype),

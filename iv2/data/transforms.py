@@ -110,7 +110,7 @@ def look(frames: Tensor, view: View, *, dtype: torch.dtype = torch.float32) -> T
 
     return resized_crop_normalize(
         frames,
-        tuple(view.box),
+        view.box,
         view.size,
         flip=view.flip,
         interpolation=view.interpolation,

@@ -110,6 +110,8 @@ class MlpDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., C] -> [..., D]
         fc1, fc2 = self.head[0], self.head[2]
+        assert isinstance(fc1, Linear)
+        assert isinstance(fc2, Linear)
         return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, approximate="none")
 
 

@@ -198,7 +198,9 @@ class _MAEAttention(nn.Module):
         if self.as_released:
             # [B, heads, N, D] handed to a kernel that reads [B, N, heads, D], and flattened so.
             q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()
-            mixed = attention(q, k, v).reshape(batch, tokens, dim)
+            o = attention(q, k, v)
+            assert isinstance(o, Tensor)  # a pair only with return_lse
+            mixed = o.reshape(batch, tokens, dim)
         else:
             norms = [None if n is None else n.weight for n in (self.q_norm, self.k_norm)]
             mixed = spatiotemporal_attention(qkv, *norms)
@@ -211,9 +213,7 @@ class _MAEBlock(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.norm1 = nn.LayerNorm(dim, 1e-6)
-        self.attn = _MAEAttention(
-            dim, config.num_heads, config.as_released, config.qk_norm
-        )
+        self.attn = _MAEAttention(dim, config.num_heads, config.as_released, config.qk_norm)
         self.norm2 = nn.LayerNorm(dim, 1e-6)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), approximate="none")
 
@@ -257,7 +257,7 @@ class VideoMAEEncoder(nn.Module):
             or table.device != weight.device
             or table.dtype != weight.dtype
         ):
-            dim, (frames, height, width) = self.config.embed_dim, self.config.grid
+            dim, (_, height, width) = self.config.embed_dim, self.config.grid
             if self.config.pos_table == "sinusoid":
                 table = sinusoid(dim, num_tokens).to(weight)
             else:

@@ -15,12 +15,12 @@ def ptr(x: Tensor | None) -> int:
 
 
 def contiguous(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """x in row-major order, and in dtype when one is given."""
+    """X in row-major order, and in dtype when one is given."""
     if x is None:
         return None
     return (x if dtype is None else x.to(dtype)).contiguous()
 
 
 def floats(x: Tensor | None) -> Tensor | None:
-    """x as contiguous float32: how kernels take weights."""
+    """X as contiguous float32: how kernels take weights."""
     return contiguous(x, torch.float32)

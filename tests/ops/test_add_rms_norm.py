@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench.ops import add_rms_norm as bench
 from compare import check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
+from bench.ops import add_rms_norm as bench
 from iv2kernels.ops import add_rms_norm as op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -118,9 +118,11 @@ def test_double_backward_raises():
 
 def test_errors():
     x, weight = torch.randn(2, 3, 8), torch.ones(8)
-    with pytest.raises(TypeError, match="add_rms_norm: x must be floating point, got torch.int64"):
+    with pytest.raises(TypeError, match=r"add_rms_norm: x must be floating point, got torch\.int64"):
         k.add_rms_norm(x.long(), None, weight)
-    with pytest.raises(ValueError, match=r"residual must be shaped like x \[2, 3, 8\], got \[2, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"residual must be shaped like x \[2, 3, 8\], got \[2, 3\]"
+    ):
         k.add_rms_norm(x, x[..., 0], weight)
     with pytest.raises(ValueError, match=r"weight must be \[8\], got \[7\]"):
         k.add_rms_norm(x, None, weight[:7])

@@ -148,7 +148,7 @@ def test_any_shape(batch, q_len, k_len, heads, head_dim, causal, dtype, isa):
             dtype, (batch, q_len, heads[0], head_dim), (batch, k_len, heads[1], head_dim)
         )
         check_or_close(
-            native, reference, inputs, WRT, batch * q_len * heads[0] >= 64 and k_len >= 8
+            native, reference, inputs, WRT, batch * q_len * heads[0] >= 64 and k_len >= 32
         )
     finally:
         k.set_isa(before)
