@@ -165,7 +165,8 @@ struct AttentionBwd {
   int64_t threads;
 };
 
-static constexpr int64_t kAttentionBlock = 64;  // queries and keys of a tile; forward in bf16 has 128
+// Queries and keys of a tile; forward in bf16 takes 128 keys.
+static constexpr int64_t kAttentionBlock = 64;
 static constexpr int64_t attention_blocks(int64_t tokens) {
   return (tokens + kAttentionBlock - 1) / kAttentionBlock;
 }

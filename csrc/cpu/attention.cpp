@@ -9,122 +9,25 @@
 // words, read along columns) for dq. All sums are fp32 and stay in scratch; with several chunks dq
 // is summed from their parts, in order. Bound by the multipliers; exp2 and packing take a tenth to
 // a fifth.
+#include "attention.h"
+
 #include "../kernels.h"
-#include "gemm.h"
 
 namespace iv2::IV2_ISA {
 namespace {
 
-constexpr int64_t kBlock = kAttentionBlock;
 // Forward has blocks of its own: 48 queries are whole register tiles, and more keys at a time touch
 // the sums of P v less often. Scores of 48 x 128 or 64 in fp32 fit in L1.
 constexpr int64_t kQueries = 48;
 template <class Words>
 constexpr int64_t kKeys = kBlock * Words::per_word;
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kInfinity = __builtin_inff();
-// Scores may exceed the maximum in use by this much (2^8 in P) before the sums are rescaled.
+// Scores may exceed the maximum in use by this much (2^8 or e^8 in P) before sums are rescaled.
 constexpr float kSlack = 8.0f;
-
-// +inf where a key is visible, for min(mask, scores).
-constexpr int64_t kMaskSpan = 2 * kBlock;
-struct MaskTable {
-  float v[3 * kMaskSpan];
-  constexpr MaskTable() : v() {
-    for (int64_t i = 0; i < 3 * kMaskSpan; ++i)
-      v[i] = i >= kMaskSpan && i < 2 * kMaskSpan ? -kInfinity : kInfinity;
-  }
-};
-constexpr MaskTable kMask;
-inline const float* keep_below(int64_t limit) { return kMask.v + kMaskSpan - limit; }
-inline const float* keep_from(int64_t first) { return kMask.v + 2 * kMaskSpan - first; }
-
-// Scores are kept in units of 1 where fp32 accuracy is due, as log2(e) would round them once more,
-// and in units of log2 otherwise.
-template <class Words>
-constexpr float kPerNat = Words::per_word == 2 ? kLog2E : 1.0f;
-
-// e^x of such scores, x <= kSlack; NaN stays NaN. The polynomials for 2^f are minimax on
-// [-1/2, 1/2]: relative error 2e-9, and 3e-6 where the result is rounded to bf16.
-template <class Words>
-inline Vec exp_of_score(Vec x) {
-  if constexpr (Words::per_word == 1) x = mul(x, set(kLog2E));
-  x = max(set(-160.0f), x);
-  const Vec n = round(x), f = sub(x, n);
-  Vec p;
-  if constexpr (Words::per_word == 2) {
-    p = fma(set(9.5701019e-3f), f, set(5.5917860e-2f));
-    p = fma(p, f, set(2.40247448e-1f));
-    p = fma(p, f, set(6.93121815e-1f));
-  } else {
-    p = fma(set(1.53458120e-4f), f, set(1.33999312e-3f));
-    p = fma(p, f, set(9.61848896e-3f));
-    p = fma(p, f, set(5.55032878e-2f));
-    p = fma(p, f, set(2.40226466e-1f));
-    p = fma(p, f, set(6.93147206e-1f));
-  }
-  return scale_by_power(fma(p, f, set(1.0f)), n);
-}
-
-// Where one sequence begins: its row in a strided tensor, its token number, its length.
-struct Sequence {
-  int64_t batch, q_row, q_token, q_len, k_row, k_token, k_len;
-  int64_t unseen;  // causal: query i sees keys up to i - unseen
-};
-template <class Args>
-inline Sequence sequence(const Args& a, int64_t b) {
-  Sequence s{b, 0, b * a.q_len, a.q_len, 0, b * a.k_len, a.k_len, 0};
-  if (a.cu_seqlens_q) {
-    const int64_t q = a.cu_seqlens_q[b], k = a.cu_seqlens_k[b];
-    s = {0, q, q, a.cu_seqlens_q[b + 1] - q, k, k, a.cu_seqlens_k[b + 1] - k, 0};
-  }
-  s.unseen = s.q_len - s.k_len;
-  return s;
-}
-
-// Packs rows of q, k or v of one head, from token `first` of a sequence on.
-template <class Words>
-struct Packer {
-  int64_t dim, ld;
-  explicit Packer(int64_t head_dim) : dim(head_dim), ld(round_up(words<Words>(head_dim), 16)) {}
-
-  template <class T, class Args>
-  void queries(const Args& a, const Sequence& s, int64_t head, int64_t first, int64_t n,
-               int64_t n_padded, float* dst) const {
-    const T* rows = static_cast<const T*>(a.q) + s.batch * a.q_batch +
-                    (s.q_row + first) * a.q_token + head * a.q_head;
-    pack_rows<Words>(rows, a.q_token, n, n_padded, dim,
-                     a.q_gain ? a.q_rstd + s.q_token + first : nullptr,
-                     a.q_gain ? a.q_gain + head * dim : nullptr, dst, ld);
-  }
-  template <class T, class Args>
-  void keys(const Args& a, const Sequence& s, int64_t head, int64_t first, int64_t n,
-            int64_t n_padded, float* dst) const {
-    const T* rows = static_cast<const T*>(a.k) + s.batch * a.k_batch +
-                    (s.k_row + first) * a.k_token + head * a.k_head;
-    pack_rows<Words, T>(rows, a.k_token, n, n_padded, dim, nullptr, nullptr, dst, ld);
-  }
-  template <class T, class Args>
-  void values(const Args& a, const Sequence& s, int64_t head, int64_t first, int64_t n,
-              float* dst) const {
-    const T* rows = static_cast<const T*>(a.v) + s.batch * a.v_batch +
-                    (s.k_row + first) * a.v_token + head * a.v_head;
-    pack_rows<Words, T>(rows, a.v_token, n, n, dim, nullptr, nullptr, dst, ld);
-  }
-};
-
-inline float* take(float*& p, int64_t floats) {
-  float* taken = p;
-  p += floats;
-  return taken;
-}
-
-// ---------------------------------------------------------------- forward
 
 struct FwdScratch {
   int64_t pad;
-  float *keys, *values, *k_scale;  // of a sequence: [blocks, pad, 64], [.., 64, pad], [.., 64]
-  float *rows, *q, *scores, *out;  // tiles of 64 rows
+  float *keys, *values, *k_scale;  // of a sequence, in blocks: [pad, kKeys], [kKeys, pad], [kKeys]
+  float *rows, *q, *scores, *out;  // tiles
   float *peak, *sums;              // of a query: the maximum in use; [64, Vec::size]
   explicit FwdScratch(const AttentionFwd& a) : pad(attention_pad(a.head_dim)) {
     const int64_t blocks = attention_blocks(a.k_len) + 1;  // whole blocks of 128
@@ -164,21 +67,6 @@ inline void rescale(float top, float* peak, float* sums, float* out, int64_t dim
     for (int64_t i = 0; i < dim; i += Vec::size) store(out + i, mul(load(out + i), shrink));
   }
   *peak = top;
-}
-
-// Probabilities as words of an operand A.
-template <class Words, int kVecs>
-inline void store_words(float* dst, const Vec* p) {
-  if constexpr (Words::per_word == 1) {
-    for (int v = 0; v < kVecs; ++v) store(dst + v * Vec::size, p[v]);
-  } else {
-#if defined(__AVX512BF16__)
-    for (int v = 0; v + 1 < kVecs; v += 2)
-      _mm512_storeu_si512(dst + v * 8,
-                          reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p[v + 1].v, p[v].v)));
-    if (kVecs % 2) store(reinterpret_cast<bf16*>(dst) + (kVecs - 1) * 16, p[kVecs - 1]);
-#endif
-  }
 }
 
 // One block of scores to probabilities, in place. Query r sees `visible` + r * step of the keys.
@@ -295,8 +183,6 @@ void fwd(const AttentionFwd& a) {
     }
   });
 }
-
-// --------------------------------------------------------------- backward
 
 struct BwdScratch {
   int64_t pad, k_stride;

@@ -30,6 +30,11 @@ class Norm(NamedTuple):
     rstd: Tensor  # [2, B, N]
 
 
+def threads_for(flops: int) -> int:
+    """One for what takes less time than to wake the others; results do not depend on it."""
+    return 1 if flops < 2_000_000 else torch.get_num_threads()
+
+
 def _strided(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -102,7 +107,7 @@ def forward(
         return o, lse
     if k.numel() == 0:
         return o.zero_(), lse.fill_(-torch.inf)
-    threads = torch.get_num_threads()
+    threads = threads_for(4 * q.numel() * options.max_seqlen_k)
     scratch = torch.empty(threads, _C.attention_fwd_scratch(head_dim, options.max_seqlen_k))
     _C.attention_fwd(
         ptr(q),
@@ -182,7 +187,7 @@ def backward(
         partial = torch.empty(chunks, queries, heads, head_dim)
     if dk is None:
         direct = torch.empty(keys, kv_heads, head_dim)
-    threads = torch.get_num_threads()
+    threads = threads_for(10 * q.numel() * longest[1])
     size = _C.attention_bwd_scratch(head_dim, *longest, heads // kv_heads)
     scratch = torch.empty(threads, size)
     _C.attention_bwd(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from iv2kernels import _C
 from iv2kernels.native import attention
-from iv2kernels.native.attention import Norm, Options
+from iv2kernels.native.attention import Norm, Options, threads_for
 from iv2kernels.native.memory import DTYPE, ptr
 
 
@@ -32,7 +32,7 @@ def _rstd(qkv: Tensor, eps: float) -> Tensor:
             heads * head_dim,
             DTYPE[qkv.dtype],
             float(eps),
-            torch.get_num_threads(),
+            threads_for(32 * qkv.numel()),
         )
     return rstd
 
@@ -107,5 +107,5 @@ def _norm_bwd(
         width,
         partial.shape[0],
         DTYPE[qkv.dtype],
-        torch.get_num_threads(),
+        threads_for(32 * qkv.numel()),
     )

@@ -118,7 +118,7 @@ def test_double_backward_raises():
 
 def test_errors():
     x, weight = torch.randn(2, 3, 8), torch.ones(8)
-    with pytest.raises(TypeError, match=r"add_rms_norm: x must be floating point, got torch\.int64"):
+    with pytest.raises(TypeError, match=r"x must be floating point, got torch\.int64"):
         k.add_rms_norm(x.long(), None, weight)
     with pytest.raises(
         ValueError, match=r"residual must be shaped like x \[2, 3, 8\], got \[2, 3\]"

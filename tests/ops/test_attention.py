@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from bench.ops import attention as bench
 from compare import assert_as_accurate, check, check_or_close, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
+from bench.ops import attention as bench
 from iv2kernels import _C
 from iv2kernels.ops import attention as op
 

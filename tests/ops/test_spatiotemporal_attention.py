@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench.ops import spatiotemporal_attention as bench
 from compare import check, check_or_close, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
+from bench.ops import spatiotemporal_attention as bench
 from iv2kernels import _C
 from iv2kernels.ops import spatiotemporal_attention as op
 
@@ -80,9 +80,7 @@ def test_any_shape(batch, tokens, heads, head_dim, dtype, isa):
     k.set_isa(isa)
     try:
         inputs = bench.inputs((batch, tokens, heads, head_dim), dtype)
-        check_or_close(
-            native, reference, inputs, WRT, tokens >= 32 and inputs["qkv"].numel() > 2000
-        )
+        check_or_close(native, reference, inputs, WRT, tokens >= 32 and heads * head_dim >= 64)
     finally:
         k.set_isa(before)
 
