@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 # Raised whenever the same arguments would give other clips.
-VERSION = 3
+VERSION = 4
 
 # Coordinate of (column, row, angle, size) that moves, and its sign. Rows grow downwards.
 MOTIONS: dict[str, tuple[int, int]] = {
@@ -52,10 +52,10 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 BACKGROUNDS = ("stripes", "checks", "dots", "clouds")
 TONES: dict[str, tuple[float, float, float]] = {
-    "navy": (0.12, 0.16, 0.32),
-    "forest": (0.12, 0.28, 0.17),
-    "brown": (0.30, 0.20, 0.13),
-    "grey": (0.24, 0.24, 0.25),
+    "navy": (0.28, 0.36, 0.66),
+    "forest": (0.28, 0.54, 0.36),
+    "brown": (0.62, 0.44, 0.30),
+    "grey": (0.48, 0.48, 0.50),
 }
 SOUNDS = ("beeps", "hum", "siren", "clicks", "hiss", "bell")
 
@@ -119,7 +119,7 @@ def draw_clip(seed: int, index: int) -> Clip:
         attributes=attributes,
         start=(column, row, angle, size),
         travel=TRAVEL[0] + (TRAVEL[1] - TRAVEL[0]) * travel,
-        contrast=0.06 + 0.08 * contrast,
+        contrast=0.10 + 0.08 * contrast,
         caption=caption,
         paraphrases=paraphrases,
         audio_caption=audio_caption,

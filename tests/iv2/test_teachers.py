@@ -115,7 +115,8 @@ def naive_mae(state, video, heads, depth, as_released):
 
 @pytest.mark.parametrize("as_released", [False, True])
 def test_video_teacher_matches_a_naive_one(as_released):
-    teacher = video_teacher(as_released=as_released).double()
+    published = {"qk_norm": False, "pos_table": "sinusoid"}
+    teacher = video_teacher(as_released=as_released, **published).double()
     video = torch.randn(2, 3, 8, 28, 28, dtype=torch.float64)
     out = teacher(video)
     layers = naive_mae(teacher.encoder.state_dict(), video, 2, 3, as_released)

@@ -339,7 +339,7 @@ def test_recipes_from_files_to_student(tmp_path):
         init_allow_missing=("fc_norm.*", "head.*"),
         model=replace(supervised.model, num_frames=8),
     )
-    assert run(supervised).losses.keys() == {"motion", "shape", "colour"}
+    assert run(supervised).losses.keys() == {"motion", "colour", "background", "shape"}
 
 
 def test_data_must_be_given():

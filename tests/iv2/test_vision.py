@@ -278,7 +278,8 @@ def test_drop_path_scales_branches_as_written():
 
 
 def test_initialisation():
-    encoder = build_encoder("tiny", "stage1", clip_return_layer=2, mae_return_layer=2)
+    published = {"init_std": 0.02, "layer_scale": 1e-5}
+    encoder = build_encoder("tiny", "stage1", clip_return_layer=2, mae_return_layer=2, **published)
     for i, block in enumerate(encoder.blocks):
         scale = 0.02 / math.sqrt(2 * (i + 1))
         for weight, std in (
@@ -295,7 +296,7 @@ def test_initialisation():
             assert not p.any(), name
     assert not encoder.pos_embed[0, 0].any()
     assert torch.equal(encoder.mae_pos_embed[0], encoder.pos_embed[0, 1:])
-    head = build_encoder("tiny", num_classes=300).head
+    head = build_encoder("tiny", num_classes=300, **published).head
     assert head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
 
 
