@@ -58,7 +58,7 @@ DEMO = Budget(
     clips=2000,
     image_teacher_steps=400,
     video_teacher_steps=700,
-    stage1_steps=700,
+    stage1_steps=500,
     supervised_steps=0,
     single_teachers=False,
     goals={"motion": 0.15, "background": 0.10},
@@ -149,7 +149,7 @@ def _sized(config: TrainConfig, steps: int, run_dir: Path, data: Path) -> TrainC
         config,
         run_dir=str(run_dir),
         data=replace(config.data, path=str(data)),
-        optim=replace(config.optim, steps=steps, warmup_steps=max(1, steps // 20)),
+        optim=replace(config.optim, steps=steps, warmup_steps=min(100, steps // 4)),
         save_every=250,
     )
 
