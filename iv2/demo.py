@@ -57,8 +57,8 @@ class Budget:
 DEMO = Budget(
     clips=2000,
     image_teacher_steps=400,
-    video_teacher_steps=700,
-    stage1_steps=500,
+    video_teacher_steps=800,
+    stage1_steps=450,
     supervised_steps=0,
     single_teachers=False,
     goals={"motion": 0.15, "background": 0.10},

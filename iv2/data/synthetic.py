@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 # Raised whenever the same arguments would give other clips.
-VERSION = 4
+VERSION = 5
 
 # Coordinate of (column, row, angle, size) that moves, and its sign. Rows grow downwards.
 MOTIONS: dict[str, tuple[int, int]] = {
@@ -52,10 +52,10 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 BACKGROUNDS = ("stripes", "checks", "dots", "clouds")
 TONES: dict[str, tuple[float, float, float]] = {
-    "navy": (0.28, 0.36, 0.66),
-    "forest": (0.28, 0.54, 0.36),
-    "brown": (0.62, 0.44, 0.30),
-    "grey": (0.48, 0.48, 0.50),
+    "navy": (0.12, 0.16, 0.32),
+    "forest": (0.12, 0.28, 0.17),
+    "brown": (0.30, 0.20, 0.13),
+    "grey": (0.24, 0.24, 0.25),
 }
 SOUNDS = ("beeps", "hum", "siren", "clicks", "hiss", "bell")
 
@@ -71,7 +71,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 SAMPLE_RATE = 16_000
 # Diameters as fractions of the frame; the size coordinate is logarithmic between them.
-SMALLEST, LARGEST = 0.4, 0.8
+SMALLEST, LARGEST = 0.3, 0.75
 # Part of its torus coordinate that a motion covers over the whole clip.
 TRAVEL = (0.36, 0.49)
 

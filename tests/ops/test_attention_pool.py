@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import check, run
+from compare import check, check_or_close, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -73,7 +73,8 @@ def test_probs_have_no_gradient():
     st.sampled_from(DTYPES),
 )
 def test_any_shape(batch, tokens, width, heads, dtype):
-    check(native, reference, bench.inputs((batch, tokens, width, heads), dtype), bench.WRT)
+    inputs = bench.inputs((batch, tokens, width, heads), dtype)
+    check_or_close(native, reference, inputs, bench.WRT, heads * width >= 256)
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 8, 3), (0, 5, 8, 3), (2, 5, 8, 0)])
