@@ -83,6 +83,7 @@ LEARN: dict[int, Budget] = {
 def run(budget: Budget, out: Path) -> Path:
     """Do every step that is not done yet; returns the path of the page."""
     began = time.monotonic()
+    out = out.resolve()  # paths in lists are relative to the list
     out.mkdir(parents=True, exist_ok=True)
     world, held_out, clips = _data(budget, out)
     _train(out, _teacher("image", budget.image_teacher_steps, out, world))
