@@ -152,7 +152,7 @@ _STAGE1_TINY = TrainConfig(
     precision="float32",
     model=vision_config("tiny"),
     data=replace(_TINY_DATA, clip=replace(_TINY_DATA.clip, num_frames=16)),
-    optim=_TINY_OPTIM,
+    optim=replace(_TINY_OPTIM, lr=1e-3),
     stage1=Stage1Config(
         clip_teacher="teacher-image-tiny",
         clip_teacher_path="runs/demo/teacher-image-tiny/model.safetensors",
