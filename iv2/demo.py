@@ -58,7 +58,7 @@ DEMO = Budget(
     clips=2000,
     image_teacher_steps=400,
     video_teacher_steps=800,
-    stage1_steps=450,
+    stage1_steps=1000,
     supervised_steps=0,
     single_teachers=False,
     goals={"motion": 0.15, "background": 0.10},
@@ -69,10 +69,10 @@ LEARN: dict[int, Budget] = {
     1: replace(
         DEMO,
         clips=6000,
-        image_teacher_steps=2500,
-        video_teacher_steps=3500,
-        stage1_steps=4000,
-        supervised_steps=3000,
+        image_teacher_steps=1500,
+        video_teacher_steps=2500,
+        stage1_steps=3500,
+        supervised_steps=1500,
         single_teachers=True,
         goals={"motion": 0.85, "colour": 0.85, "background": 0.85},
         goal_is_margin=False,
@@ -179,11 +179,7 @@ def _students(budget: Budget, out: Path, data: Path) -> dict[str, TrainConfig]:
     configs = {}
     for name, stage1 in kinds.items():
         folder = out / name.replace(", ", "-").replace(" ", "-")
-        config = _sized(replace(recipe, stage1=stage1), budget.stage1_steps, folder, data)
-        if not stage1.mae_teacher:  # no tubelets of two: the student gets every frame it is given
-            clip = replace(config.data.clip, num_frames=config.data.clip.num_frames // 2)
-            config = replace(config, data=replace(config.data, clip=clip))
-        configs[name] = config
+        configs[name] = _sized(replace(recipe, stage1=stage1), budget.stage1_steps, folder, data)
     return configs
 
 
@@ -353,7 +349,7 @@ def _mask_picture(page: report.Page, config: TrainConfig, held_out: Path) -> Non
     grid = (frames, height, width)
     page.figure(
         report.plot_masks(
-            seen[0].numpy(),
+            stage.images(seen)[0].numpy(),
             first.attention[0].float().view(grid).numpy(),
             visible.view(grid).numpy(),
         ),

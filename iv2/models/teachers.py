@@ -366,7 +366,8 @@ TEACHERS: dict[str, tuple[type[Any], VisionConfig | VideoMAEConfig, tuple[int, .
             qk_norm=True,
             pos_table="sincos",
         ),
-        return_layers(_TINY.depth, 2, 1),
+        # All blocks: what the first ones say of neighbouring frames leads the student to motion.
+        return_layers(_TINY.depth, _TINY.depth, 1),
     ),
 }
 

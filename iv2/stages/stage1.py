@@ -27,7 +27,8 @@ class Stage1(nn.Module):
         config: Masks and weights.
         clip_teacher: Gives the masks, and the targets of clip_decoder and final_clip_decoder.
         mae_teacher: Gives the targets of mae_decoder. Its tubelets set which frames the student
-            sees: with tubelets of 2, every second one.
+            sees: with tubelets of 2 and a student of single frames, every second one. All three
+            then have equally many tokens; of a student's tubelet clip_teacher sees the first frame.
 
     Raises:
         ValueError: A decoder does not fit its teacher.
@@ -47,7 +48,7 @@ class Stage1(nn.Module):
         for teacher in self._teachers:
             if teacher is not None:
                 teacher.freeze()
-        self.stride = self._frame_stride()
+        self.stride, self.image_stride = self._strides()
         self.loss_weights: dict[str, float] = {}
         if clip_teacher is not None:
             self.loss_weights["clip"] = config.clip_weight
@@ -92,13 +93,17 @@ class Stage1(nn.Module):
         video: Tensor,  # uint8 [B, T, H, W, 3] | float [B, 3, T, H, W]
         seen: Tensor | None = None,  # the student's frames of it
     ) -> tuple[TeacherOutput | None, TeacherOutput | None]:
-        """What the teachers give for a batch; the first sees the student's frames."""
+        """What the teachers give for a batch; the first sees frames of the student's."""
         clip_teacher, mae_teacher = self._teachers
         seen = every_frame(video, self.stride) if seen is None else seen
         with torch.autocast(video.device.type, enabled=False):
-            first = None if clip_teacher is None else clip_teacher(seen)
+            first = None if clip_teacher is None else clip_teacher(self.images(seen))
             second = None if mae_teacher is None else mae_teacher(video)
         return first, second
+
+    def images(self, seen: Tensor) -> Tensor:
+        """What clip_teacher sees of the student's video: as many tubelets as the student has."""
+        return every_frame(seen, self.image_stride)
 
     def masks(
         self,
@@ -157,18 +162,20 @@ class Stage1(nn.Module):
             losses["mae"] = _layers_loss(predictions.mae, student.mae_decoder, second, ids_keep)
         return losses
 
-    def _frame_stride(self) -> int:
-        mae_teacher, own = self._teachers[1], self.student.config.tubelet_size
-        if mae_teacher is None:
-            return 1
-        encoder: Any = mae_teacher.encoder
-        theirs: int = encoder.config.tubelet_size
-        if theirs % own:
+    def _strides(self) -> tuple[int, int]:
+        """Of the student's frames among those given, and of clip_teacher's among the student's."""
+        own = self.student.config.tubelet_size
+        sizes: list[int] = []
+        for teacher in self._teachers:
+            encoder: Any = None if teacher is None else teacher.encoder
+            sizes.append(own if encoder is None else encoder.config.tubelet_size)
+        image, video = sizes
+        if own % image or video % own:
             raise ValueError(
-                f"Stage1: tubelets of mae_teacher must be a multiple of the student's {own}, "
-                f"got {theirs}"
+                f"Stage1: the student's tubelets of {own} must be a multiple of those of "
+                f"clip_teacher, and divide those of mae_teacher, got {image} and {video}"
             )
-        return theirs // own
+        return video // own, own // image
 
     def _check_decoders(self) -> None:
         have = self.student.config

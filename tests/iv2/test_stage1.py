@@ -74,6 +74,20 @@ def test_losses_are_the_written_out_ones():
     assert stage.loss_weights == {"clip": 1.0, "clip_pooled": 1.0, "mae": 1.0}
 
 
+def test_a_student_of_tubelets_shares_its_slots_with_both_teachers():
+    clip_teacher, mae_teacher = teachers()
+    model = fit_decoders(replace(MODEL, tubelet_size=2, num_frames=4), clip_teacher, mae_teacher)
+    stage = Stage1(VisionEncoder(model), HALF, clip_teacher, mae_teacher).eval()
+    found = batch()
+    video = found["video"]
+    first, second = stage.targets(video)
+    alone = clip_teacher(video[:, :, ::2].contiguous())  # a frame of each tubelet
+    torch.testing.assert_close(first.attention, alone.attention)
+    assert second.tokens[0].shape[1] == first.attention[0].numel() == 8
+    assert every_frame(video, stage.stride) is video
+    assert all(torch.isfinite(loss) for loss in stage(found).values())
+
+
 def grads_of(stage, found, impl=None):
     stage.zero_grad()
     with iv2kernels.use(impl):
@@ -221,7 +235,7 @@ def test_misfits_are_named():
         "teacher-video-tiny", (0, 1), embed_dim=32, depth=2, num_heads=2, tubelet_size=1
     )
     tubes = replace(HALF, mask="tube")
-    with pytest.raises(ValueError, match="must be a multiple of the student's 2, got 1"):
+    with pytest.raises(ValueError, match=r"tubelets of 2 must .* divide .* got 2 and 1"):
         Stage1(pairs, tubes, None, odd)
     stage = stage1(HALF)
     found = batch()
@@ -242,7 +256,7 @@ def test_build_from_files(tmp_path):
         mae_teacher="teacher-video-tiny",
         mae_teacher_path=str(tmp_path / "video.safetensors"),
     )
-    stage = build_stage1(replace(MODEL, img_size=28), config)
+    stage = build_stage1(replace(MODEL, depth=4), config)
     first, second = stage._teachers
     assert first.encoder.config.img_size == second.encoder.config.img_size == 28
     assert next(first.parameters()).dtype == torch.bfloat16

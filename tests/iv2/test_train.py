@@ -330,7 +330,7 @@ def test_recipes_from_files_to_student(tmp_path):
     assert all(skipped.values())
     stored = from_json(tmp_path / "stage1-tiny" / "config.json")
     assert stored.model.clip_return_layer == 2
-    assert stored.model.mae_return_layer == 2
+    assert stored.model.mae_return_layer == 4
     # From these weights; the heads are other ones.
     supervised = tiny_recipe("supervised-tiny", tmp_path, listing)
     supervised = replace(
