@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iv2kernels import dispatch
-from iv2kernels.dispatch import Impl
+from iv2kernels.dispatch import Function, Impl
 
 
 def add_rms_norm(
@@ -139,7 +139,7 @@ def _check(
         )
 
 
-class _AddRmsNorm(torch.autograd.Function):
+class _AddRmsNorm(Function):
     @staticmethod
     def forward(
         x: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iv2kernels import dispatch
-from iv2kernels.dispatch import Impl
+from iv2kernels.dispatch import Function, Impl
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _lengths(
     return packed.cu_seqlens_q, packed.cu_seqlens_k, packed.max_seqlen_q, longest
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(
         q: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iv2kernels import dispatch
-from iv2kernels.dispatch import Impl
+from iv2kernels.dispatch import Function, Impl
 
 
 def attention_pool(
@@ -82,7 +82,7 @@ def reference(
     return (p @ normed).to(x.dtype), p.detach().mean(1)
 
 
-class _AttentionPool(torch.autograd.Function):
+class _AttentionPool(Function):
     @staticmethod
     def forward(x: Tensor, query: Tensor, eps: float, impl: str) -> tuple[Tensor, ...]:
         return _fwd(x, query, eps, impl)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iv2kernels import dispatch
-from iv2kernels.dispatch import Impl
+from iv2kernels.dispatch import Function, Impl
 
 
 def distill_loss(
@@ -116,7 +116,7 @@ def _check(
         raise ValueError(f"distill_loss: ids must be [{batch}, {rows}], got {list(ids.shape)}")
 
 
-class _DistillLoss(torch.autograd.Function):
+class _DistillLoss(Function):
     @staticmethod
     def forward(
         x: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iv2kernels import dispatch
-from iv2kernels.dispatch import Impl
+from iv2kernels.dispatch import Function, Impl
 
 
 def gather_tokens(
@@ -78,7 +78,7 @@ def _check(x: Tensor, ids: Tensor, add: Tensor | None) -> None:
         raise ValueError(f"{op}: add must be {expected}, got {list(add.shape)}")
 
 
-class _GatherTokens(torch.autograd.Function):
+class _GatherTokens(Function):
     @staticmethod
     def forward(x: Tensor, ids: Tensor, add: Tensor | None, impl: str) -> Tensor:
         return _fwd(x, ids, add, impl)  # type: ignore[no-any-return]

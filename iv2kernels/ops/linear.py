@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iv2kernels import dispatch
-from iv2kernels.dispatch import Impl
+from iv2kernels.dispatch import Function, Impl
 
 
 def linear(
@@ -91,7 +91,7 @@ def reference(
     return torch.nn.functional.linear(x, weight, bias)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
         return _fwd(x, weight, bias, impl)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iv2kernels import dispatch
-from iv2kernels.dispatch import Impl
+from iv2kernels.dispatch import Function, Impl
 from iv2kernels.ops.linear import check_layer, under_autocast
 
 
@@ -94,7 +94,7 @@ def reference(
     return F.linear(h, fc2_weight, fc2_bias)
 
 
-class _Mlp(torch.autograd.Function):
+class _Mlp(Function):
     @staticmethod
     def forward(
         x: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iv2kernels import dispatch
-from iv2kernels.dispatch import Impl
+from iv2kernels.dispatch import Function, Impl
 
 # Of red, green and blue, as fractions of 255.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -153,7 +153,7 @@ def _check(
         )
 
 
-class _PatchEmbed(torch.autograd.Function):
+class _PatchEmbed(Function):
     @staticmethod
     def forward(
         video: Tensor,

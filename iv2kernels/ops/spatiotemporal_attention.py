@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iv2kernels import dispatch
-from iv2kernels.dispatch import Impl
+from iv2kernels.dispatch import Function, Impl
 from iv2kernels.ops.add_rms_norm import reference as _norm
 
 
@@ -104,7 +104,7 @@ def _check(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> Non
             )
 
 
-class _SpatiotemporalAttention(torch.autograd.Function):
+class _SpatiotemporalAttention(Function):
     @staticmethod
     def forward(
         qkv: Tensor,
