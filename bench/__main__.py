@@ -19,8 +19,8 @@ import torch
 import tyro
 
 import iv2kernels
-from bench.timing import interleaved, median_ratio, peaks
 from iv2kernels import dispatch
+from iv2kernels.timing import interleaved, median_ratio
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from compare import assert_as_accurate, run
@@ -41,6 +41,20 @@ class Options:
     seconds: float = 1.0
     # Write the table as CSV too.
     csv: Path | None = None
+
+
+def peaks(seconds: float = 0.3) -> dict[str, float]:
+    """What this machine reaches now: GEMM GFLOP/s by dtype, and GB/s of a copy."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(1536, 1536).to(dtype), torch.randn(1536, 1536).to(dtype)
+        best = min(interleaved({"gemm": lambda a=a, b=b: a @ b}, seconds)["gemm"])
+        found[str(dtype).removeprefix("torch.")] = 2 * 1536**3 / best / 1e9
+    x = torch.randn(16 << 20)
+    y = torch.empty_like(x)
+    best = min(interleaved({"copy": lambda: y.copy_(x)}, seconds)["copy"])
+    found["copy"] = 2 * x.nbytes / best / 1e9
+    return found
 
 
 def candidates(op: str, dtype: torch.dtype) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +15,7 @@ from iv2.models.teachers import Teacher, TeacherOutput
 from iv2.models.vision import VISION, VisionEncoder
 from iv2.optim import AdamW, parameter_groups
 from iv2.stages.stage1 import Stage1, fit_decoders
+from iv2kernels.timing import interleaved, median_ratio
 
 
 class _FixedTeacher(Teacher):
@@ -85,17 +85,14 @@ class Step:
 
 def compare(step: Step, rounds: int = 5) -> dict[str, float]:
     """Median seconds with the default kernels and with ``use("reference")``, taken in turn."""
-    times: dict[str, list[float]] = {"native": [], "reference": []}
-    for round_ in range(rounds + 1):
-        for name, seconds in times.items():
-            with iv2kernels.use("reference" if name == "reference" else None):
-                began = time.perf_counter()
-                step()
-                if round_:  # the first is a warm-up
-                    seconds.append(time.perf_counter() - began)
-    ratios = [r / n for n, r in zip(times["native"], times["reference"], strict=True)]
+
+    def reference() -> None:
+        with iv2kernels.use("reference"):
+            step()
+
+    times = interleaved({"native": step, "reference": reference}, seconds=0, min_rounds=rounds)
     return {
         "native_s": statistics.median(times["native"]),
         "reference_s": statistics.median(times["reference"]),
-        "ratio": statistics.median(ratios),
+        "ratio": median_ratio(times["reference"], times["native"]),
     }
