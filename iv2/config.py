@@ -22,8 +22,8 @@ class DataConfig:
 
     # Folder of videos, or list of clips (.jsonl, .json, .csv).
     path: str = ""
-    # What is taken of each clip. With a video teacher the student of stage 1 gets every second
-    # frame.
+    # What is taken of each clip. Beside a video teacher of tubelets, a stage-1 student of single
+    # frames gets every second one.
     clip: ClipConfig = field(default_factory=ClipConfig)
     # Clips in a step of one process.
     batch_size: int = 32
