@@ -56,14 +56,14 @@ class Budget:
 
 DEMO = Budget(
     clips=2000,
-    image_teacher_steps=400,
-    video_teacher_steps=800,
+    image_teacher_steps=300,
+    video_teacher_steps=750,
     stage1_steps=1000,
     supervised_steps=0,
     single_teachers=False,
     goals={"motion": 0.15, "background": 0.10},
     goal_is_margin=True,
-    speed_rounds=3,
+    speed_rounds=2,
 )
 LEARN: dict[int, Budget] = {
     1: replace(
@@ -74,6 +74,7 @@ LEARN: dict[int, Budget] = {
         stage1_steps=3500,
         supervised_steps=1500,
         single_teachers=True,
+        speed_rounds=3,
         goals={"motion": 0.85, "colour": 0.85, "background": 0.85},
         goal_is_margin=False,
     )
