@@ -97,6 +97,18 @@ struct DistillLossBwd {
   int64_t threads;
 };
 
+// One chunk of rows: their logits become, with want_grads, scale times their gradient.
+struct LinearCrossEntropyFwd {
+  void* logits;           // [M, V] dtype
+  const int64_t* target;  // [M], in [0, V)
+  double* losses;         // [M]
+  float* dbias;           // [V]: the sum of the gradient over rows is added to it; or null
+  float* stats;           // [2, M] scratch
+  int64_t rows, vocabulary, dtype, want_grads;
+  double label_smoothing, scale;
+  int64_t threads;
+};
+
 struct MasksDraw {
   const int64_t* seeds;  // [B]
   const float* weights;  // [B, rows, N], or null: all 1
@@ -105,6 +117,25 @@ struct MasksDraw {
   int64_t* bad;          // [1], set to 1 where a weight is negative or not finite
   int64_t batch, rows, tokens, keep, repeat;  // rows or repeat is 1
   int64_t stream;
+  int64_t threads;
+};
+
+// Rows and columns of a tile of hard_negatives' scores.
+static constexpr int64_t kHardNegativesRows = 64;
+static constexpr int64_t kHardNegativesColumns = 128;
+
+struct HardNegativesDraw {
+  const float* v;          // [B, D]
+  const float* t_columns;  // [column blocks, D, kHardNegativesColumns]: t transposed, zeros past B
+  const int32_t* classes;  // [B]; rows of one class are not negatives of each other
+  const int64_t* seeds;    // [B]
+  int32_t* neg_t;          // [B], or -1
+  int32_t* neg_v;          // [B], or -1
+  float* best;             // [chunks, B] scratch
+  int32_t* best_row;       // [chunks, B] scratch
+  int64_t batch, dim, chunks;
+  int64_t stream;
+  double scale;  // log2(e) / temperature
   int64_t threads;
 };
 
@@ -118,13 +149,16 @@ struct AttentionFwd {
   const void* v;                // [B, Nk, kv_heads, head_dim] dtype
   const int32_t* cu_seqlens_q;  // [B + 1] or null
   const int32_t* cu_seqlens_k;  // [B + 1], null with cu_seqlens_q
-  const float* q_gain;          // [heads, head_dim] or null
-  const float* q_rstd;          // [B * Nq], null with q_gain
-  const float* k_rstd;          // [B * Nk], null with q_gain
-  void* o;                      // [B, Nq, heads, head_dim] dtype, contiguous
-  float* lse;                   // [B, heads, Nq] or [heads, total_q]; -inf where no key is visible
-  float* scratch;               // [threads, attention_fwd_scratch(head_dim, k_len)]
-  int64_t batch, heads, kv_heads, q_len, k_len, head_dim, total_q;
+  const int32_t* tiles;         // [num_tiles, 4], or null: all see all. Queries of a tile (at most
+                         // kAttentionQueries): first, count, and their rows of runs: from, to
+  const int32_t* runs;  // [R, 2] keys that a tile sees: first, end; null with tiles
+  const float* q_gain;  // [heads, head_dim] or null
+  const float* q_rstd;  // [B * Nq], null with q_gain
+  const float* k_rstd;  // [B * Nk], null with q_gain
+  void* o;              // [B, Nq, heads, head_dim] dtype, contiguous
+  float* lse;           // [B, heads, Nq] or [heads, total_q]; -inf where no key is visible
+  float* scratch;       // [threads, attention_fwd_scratch(head_dim, k_len)]
+  int64_t batch, heads, kv_heads, q_len, k_len, head_dim, total_q, num_tiles;
   int64_t q_batch, q_token, q_head;  // strides in elements
   int64_t k_batch, k_token, k_head;
   int64_t v_batch, v_token, v_head;
@@ -141,6 +175,8 @@ struct AttentionBwd {
   const void* v;
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
+  const int32_t* tiles;  // as in AttentionFwd, of at most kAttentionBlock keys that see queries
+  const int32_t* runs;
   const float* q_gain;
   const float* q_rstd;
   const float* k_rstd;
@@ -154,7 +190,7 @@ struct AttentionBwd {
   float* dq_partial;  // [key_chunks, total_q, heads, head_dim], or null when key_chunks is 1
   float* dk_direct;   // [total_k, kv_heads, head_dim], the gradient of k * k_rstd's k; null with dk
   float* scratch;     // [threads, attention_bwd_scratch(...)]
-  int64_t batch, heads, kv_heads, q_len, k_len, head_dim, total_q;
+  int64_t batch, heads, kv_heads, q_len, k_len, head_dim, total_q, num_tiles;
   int64_t q_batch, q_token, q_head;
   int64_t k_batch, k_token, k_head;
   int64_t v_batch, v_token, v_head;
@@ -165,8 +201,9 @@ struct AttentionBwd {
   int64_t threads;
 };
 
-// Queries and keys of a tile; forward in bf16 takes 128 keys.
+// Queries and keys of a tile; forward takes 48 queries, whole register tiles, and in bf16 128 keys.
 static constexpr int64_t kAttentionBlock = 64;
+static constexpr int64_t kAttentionQueries = 48;
 static constexpr int64_t attention_blocks(int64_t tokens) {
   return (tokens + kAttentionBlock - 1) / kAttentionBlock;
 }
@@ -175,7 +212,7 @@ static constexpr int64_t attention_pad(int64_t head_dim) { return (head_dim + 15
 // Floats of scratch a thread needs: packed keys and values of a sequence, and tiles.
 static constexpr int64_t attention_fwd_scratch(int64_t head_dim, int64_t k_len) {
   const int64_t pad = attention_pad(head_dim);
-  return kAttentionBlock * ((attention_blocks(k_len) + 1) * (2 * pad + 1) + 4 * pad + 145);
+  return kAttentionBlock * ((attention_blocks(k_len) + 1) * (2 * pad + 2) + 4 * pad + 145);
 }
 // The same: packed queries and output gradients of a sequence with the gradient of q, the gradients
 // of k and v (of one block, or of a sequence when heads share them), and tiles.
@@ -328,11 +365,13 @@ struct AttentionPoolBwd {
   K(add_rms_norm_bwd, AddRmsNormBwd)                                   \
   K(distill_loss_fwd, DistillLossFwd)                                  \
   K(distill_loss_bwd, DistillLossBwd)                                  \
+  K(linear_cross_entropy_fwd, LinearCrossEntropyFwd)                   \
   K(mlp_fwd, MlpFwd)                                                   \
   K(mlp_bwd, MlpBwd)                                                   \
   K(attention_pool_fwd, AttentionPoolFwd)                              \
   K(attention_pool_bwd, AttentionPoolBwd)                              \
   K(masks_draw, MasksDraw)                                             \
+  K(hard_negatives_draw, HardNegativesDraw)                            \
   K(attention_fwd, AttentionFwd)                                       \
   K(attention_bwd, AttentionBwd)                                       \
   K(spatiotemporal_attention_norm_fwd, SpatiotemporalAttentionNormFwd) \

@@ -9,10 +9,19 @@ import torch  # noqa: F401
 from iv2kernels.dispatch import Impl, available, set_isa, use
 from iv2kernels.ops.add_rms_norm import add_rms_norm, rms_norm
 from iv2kernels.ops.attention import Packed, attention
+from iv2kernels.ops.attention_blocks import (
+    BlockMask,
+    all_blocks,
+    per_frame,
+    per_tube,
+    spacetime_window,
+)
 from iv2kernels.ops.attention_pool import attention_pool
 from iv2kernels.ops.distill_loss import distill_loss
 from iv2kernels.ops.gather_tokens import gather_tokens
+from iv2kernels.ops.hard_negatives import hard_negatives
 from iv2kernels.ops.linear import linear
+from iv2kernels.ops.linear_cross_entropy import linear_cross_entropy
 from iv2kernels.ops.masks import attention_guided_mask, random_mask, tube_mask
 from iv2kernels.ops.mlp import mlp
 from iv2kernels.ops.patch_embed import IMAGENET_MEAN, IMAGENET_STD, patch_embed
@@ -22,22 +31,29 @@ from iv2kernels.ops.spatiotemporal_attention import spatiotemporal_attention
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "BlockMask",
     "Impl",
     "Packed",
     "add_rms_norm",
+    "all_blocks",
     "attention",
     "attention_guided_mask",
     "attention_pool",
     "available",
     "distill_loss",
     "gather_tokens",
+    "hard_negatives",
     "linear",
+    "linear_cross_entropy",
     "mlp",
     "patch_embed",
+    "per_frame",
+    "per_tube",
     "random_mask",
     "resized_crop_normalize",
     "rms_norm",
     "set_isa",
+    "spacetime_window",
     "spatiotemporal_attention",
     "tube_mask",
     "use",

@@ -34,12 +34,14 @@ PREFER: dict[str, dict[str, tuple[Impl, ...]]] = {
     "attention": {"cpu": ("native",)},
     "spatiotemporal_attention": {"cpu": ("native",)},
     "linear": {"cpu": ("torch",)},
+    "linear_cross_entropy": {"cpu": ("native",)},
     "mlp": {"cpu": ("native",)},
     "patch_embed": {"cpu": ("native",)},
     "gather_tokens": {"cpu": ("native",)},
     "attention_pool": {"cpu": ("native",)},
     "distill_loss": {"cpu": ("native",)},
     "masks": {"cpu": ("native",)},
+    "hard_negatives": {"cpu": ("native",)},
     "resized_crop_normalize": {"cpu": ("native",)},
 }
 

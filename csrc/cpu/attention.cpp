@@ -1,14 +1,16 @@
 // attention.cpp - o = softmax(q k^T scale) v and its gradients, without the score matrix.
 //
 // Forward: a task is one kv head of one sequence and some of its query blocks. It packs the keys
-// (transposed) and values into its scratch, where they stay in cache, and for 48 queries at a time
-// runs over blocks of keys: scores, online softmax with a lazily raised maximum, P v.
+// (transposed) and values that they see into its scratch, where they stay in cache, and for 48
+// queries at a time runs over blocks of keys: scores, online softmax with a lazily raised maximum,
+// P v.
 // P overwrites the scores as an operand A. Backward: a task is one kv head of one sequence and a
 // fixed chunk of its keys; for each block of keys it runs over the queries with S^T = k q^T
 // recomputed from lse, so that P^T and dS^T come out as operands for dv and dk, and dS (the same
 // words, read along columns) for dq. All sums are fp32 and stay in scratch; with several chunks dq
 // is summed from their parts, in order. Bound by the multipliers; exp2 and packing take a tenth to
-// a fifth.
+// a fifth. With lists, a tile runs over the part of each packed block that a run covers: whole
+// vectors are computed and their ends masked, so runs need no alignment.
 #include "attention.h"
 
 #include "../kernels.h"
@@ -18,7 +20,7 @@ namespace {
 
 // Forward has blocks of its own: 48 queries are whole register tiles, and more keys at a time touch
 // the sums of P v less often. Scores of 48 x 128 or 64 in fp32 fit in L1.
-constexpr int64_t kQueries = 48;
+constexpr int64_t kQueries = kAttentionQueries;
 template <class Words>
 constexpr int64_t kKeys = kBlock * Words::per_word;
 // Scores may exceed the maximum in use by this much (2^8 or e^8 in P) before sums are rescaled.
@@ -27,13 +29,15 @@ constexpr float kSlack = 8.0f;
 struct FwdScratch {
   int64_t pad;
   float *keys, *values, *k_scale;  // of a sequence, in blocks: [pad, kKeys], [kKeys, pad], [kKeys]
+  float* packed;                   // 1 at the first key of a block that is packed, else 0
   float *rows, *q, *scores, *out;  // tiles
   float *peak, *sums;              // of a query: the maximum in use; [64, Vec::size]
   explicit FwdScratch(const AttentionFwd& a) : pad(attention_pad(a.head_dim)) {
     const int64_t blocks = attention_blocks(a.k_len) + 1;  // whole blocks of 128
     float* p = a.scratch + thread_index() * attention_fwd_scratch(a.head_dim, a.k_len);
     keys = take(p, blocks * kBlock * pad), values = take(p, blocks * kBlock * pad);
-    k_scale = take(p, blocks * kBlock);
+    k_scale = take(p, blocks * kBlock), packed = take(p, blocks * kBlock);
+    for (int64_t j = 0; j < blocks * kBlock; j += kBlock) packed[j] = 0.0f;
     rows = take(p, 2 * kBlock * pad), q = take(p, kBlock * pad), out = take(p, kBlock * pad);
     scores = take(p, 2 * kBlock * kBlock);
     peak = take(p, kBlock), sums = take(p, kBlock * 16);
@@ -41,21 +45,20 @@ struct FwdScratch {
 };
 
 template <class Words, class T>
-void pack_keys_and_values(const AttentionFwd& a, const Sequence& s, int64_t head,
+void pack_keys_and_values(const AttentionFwd& a, const Sequence& s, int64_t kv_head, int64_t first,
                           const FwdScratch& w) {
   const Packer<Words> pack(a.head_dim);
-  for (int64_t first = 0; first < s.k_len; first += kKeys<Words>) {
-    const int64_t n = min_of(kKeys<Words>, s.k_len - first), n_padded = round_up(n, 16);
-    pack.template keys<T>(a, s, head, first, n, n_padded, w.rows);
-    transpose_words(w.rows, pack.ld, n_padded, words<Words>(pack.dim), w.keys + first * w.pad,
-                    kKeys<Words>);
-    pack.template values<T>(a, s, head, first, n, w.rows);
-    stack_words<Words>(w.rows, pack.ld, n, pack.dim, w.values + first * w.pad, w.pad);
-    for (int64_t j = first; j < first + kKeys<Words>; ++j) {
-      const float rstd = j >= s.k_len ? 0.0f : a.k_rstd ? a.k_rstd[s.k_token + j] : 1.0f;
-      w.k_scale[j] = rstd * static_cast<float>(a.scale) * kPerNat<Words>;
-    }
+  const int64_t n = min_of(kKeys<Words>, s.k_len - first), n_padded = round_up(n, 16);
+  pack.template keys<T>(a, s, kv_head, first, n, n_padded, w.rows);
+  transpose_words(w.rows, pack.ld, n_padded, words<Words>(pack.dim), w.keys + first * w.pad,
+                  kKeys<Words>);
+  pack.template values<T>(a, s, kv_head, first, n, w.rows);
+  stack_words<Words>(w.rows, pack.ld, n, pack.dim, w.values + first * w.pad, w.pad);
+  for (int64_t j = first; j < first + kKeys<Words>; ++j) {
+    const float rstd = j >= s.k_len ? 0.0f : a.k_rstd ? a.k_rstd[s.k_token + j] : 1.0f;
+    w.k_scale[j] = rstd * static_cast<float>(a.scale) * kPerNat<Words>;
   }
+  w.packed[first] = 1.0f;
 }
 
 // Raises the maximum of one query to `top`: what was summed shrinks.
@@ -69,11 +72,17 @@ inline void rescale(float top, float* peak, float* sums, float* out, int64_t dim
   *peak = top;
 }
 
-// One block of scores to probabilities, in place. Query r sees `visible` + r * step of the keys.
+// Of the keys of a block, query r sees `first` to `end` + r * step.
+struct Visible {
+  int64_t first, end, step;
+};
+
+// One block of scores to probabilities, in place.
 template <class Words, int kVecs>
-void softmax_block(const FwdScratch& w, int64_t rows, const float* k_scale, int64_t visible,
-                   int64_t step, int64_t dim) {
-  for (int64_t r = 0; r < rows; ++r, visible += step) {
+void softmax_block(const FwdScratch& w, int64_t rows, const float* k_scale, const Visible& seen,
+                   int64_t dim) {
+  int64_t visible = seen.end;
+  for (int64_t r = 0; r < rows; ++r, visible += seen.step) {
     float* s = w.scores + r * kKeys<Words>;
     Vec y[kVecs];
     for (int v = 0; v < kVecs; ++v)
@@ -82,6 +91,8 @@ void softmax_block(const FwdScratch& w, int64_t rows, const float* k_scale, int6
       const float* mask = keep_below(max_of<int64_t>(visible, 0));
       for (int v = 0; v < kVecs; ++v) y[v] = min(load(mask + v * Vec::size), y[v]);
     }
+    // What is hidden at the start is less than a vector.
+    if (seen.first > 0) y[0] = min(load(keep_from(seen.first)), y[0]);
     Vec highest = y[0];
     for (int v = 1; v < kVecs; ++v) highest = max(highest, y[v]);
     float* sums = w.sums + r * 16;
@@ -100,14 +111,14 @@ void softmax_block(const FwdScratch& w, int64_t rows, const float* k_scale, int6
 
 template <class Words, int kVecs = kKeys<Words> / Vec::size>
 inline void softmax_vecs(int64_t vecs, const FwdScratch& w, int64_t rows, const float* k_scale,
-                         int64_t visible, int64_t step, int64_t dim) {
+                         const Visible& seen, int64_t dim) {
   if constexpr (kVecs > 1) {
     if (vecs < kVecs) {
-      softmax_vecs<Words, kVecs - 1>(vecs, w, rows, k_scale, visible, step, dim);
+      softmax_vecs<Words, kVecs - 1>(vecs, w, rows, k_scale, seen, dim);
       return;
     }
   }
-  softmax_block<Words, kVecs>(w, rows, k_scale, visible, step, dim);
+  softmax_block<Words, kVecs>(w, rows, k_scale, seen, dim);
 }
 
 template <class Words, class T>
@@ -128,35 +139,62 @@ void store_output(const AttentionFwd& a, const Sequence& s, int64_t head, int64_
   }
 }
 
-// One block of queries over all keys that they see.
+// The packed queries of a tile and keys `from` to `end` of one packed block.
+template <class Words>
+void attend_keys(const AttentionFwd& a, const Sequence& s, const Tile& tile, int64_t from,
+                 int64_t end, bool started, const FwdScratch& w) {
+  const int64_t ld = round_up(words<Words>(a.head_dim), 16),
+                block = from / kKeys<Words> * kKeys<Words>;
+  const int64_t skip = (from - block) / Vec::size * Vec::size, j = block + skip, keys = end - j;
+  const int64_t vecs = (keys + Vec::size - 1) / Vec::size;
+  const int64_t dim_vecs = (a.head_dim + Vec::size - 1) / Vec::size;
+  multiply<Words>({w.q, ld, w.keys + block * w.pad + skip, kKeys<Words>, w.scores, kKeys<Words>,
+                   words<Words>(a.head_dim)},
+                  tile.count, vecs, false);
+  // In the block of the diagonal visible keys grow by one a row; `end` ends them.
+  const int64_t below = tile.first + 1 - s.unseen - j;
+  const bool diagonal = a.causal && below < keys;
+  softmax_vecs<Words>(vecs, w, tile.count, w.k_scale + j,
+                      {from - j, diagonal ? below : keys, diagonal ? 1 : 0}, a.head_dim);
+  multiply<Words>(
+      {w.scores, kKeys<Words>, w.values + block * w.pad + skip / Words::per_word * w.pad, w.pad,
+       w.out, w.pad, words<Words>(keys)},
+      tile.count, dim_vecs, started);
+}
+
+// One tile of queries over all keys that they see.
 template <class Words, class T>
-void attend(const AttentionFwd& a, const Sequence& s, int64_t head, int64_t first,
+void attend(const AttentionFwd& a, const Sequence& s, int64_t head, const Tile& tile,
             const FwdScratch& w) {
   const Packer<Words> pack(a.head_dim);
-  const int64_t rows = min_of(kQueries, s.q_len - first);
-  const int64_t dim_vecs = (a.head_dim + Vec::size - 1) / Vec::size;
-  pack.template queries<T>(a, s, head, first, rows, rows, w.q);
+  const int64_t rows = tile.count, kv_head = head / (a.heads / a.kv_heads);
+  pack.template queries<T>(a, s, head, tile.first, rows, rows, w.q);
   for (int64_t r = 0; r < rows; ++r) {
     w.peak[r] = -kInfinity;
     store(w.sums + r * 16, set(0));
   }
+  bool started = false;
+  for (const int32_t* run = tile.runs; run < tile.runs_end; run += 2) {
+    for (int64_t j = run[0]; j < run[1];) {
+      const int64_t block = j / kKeys<Words> * kKeys<Words>;
+      const int64_t end = min_of<int64_t>(block + kKeys<Words>, run[1]);
+      if (w.packed[block] == 0.0f) pack_keys_and_values<Words, T>(a, s, kv_head, block, w);
+      attend_keys<Words>(a, s, tile, j, end, started, w);
+      started = true;
+      j = end;
+    }
+  }
+  if (!started) memset(w.out, 0, static_cast<size_t>(rows * w.pad) * 4);
+  store_output<Words, T>(a, s, head, tile.first, rows, w);
+}
+
+// Without lists: the queries of block i, and all keys up to the last one's own.
+inline Tile dense_tile(const AttentionFwd& a, const Sequence& s, int64_t i, int32_t* run) {
+  const int64_t first = i * kQueries, rows = min_of(kQueries, s.q_len - first);
   int64_t k_len = s.k_len;
   if (a.causal) k_len = max_of<int64_t>(0, min_of(k_len, first + rows - s.unseen));
-  if (k_len == 0) memset(w.out, 0, static_cast<size_t>(rows * w.pad) * 4);
-  for (int64_t j = 0; j < k_len; j += kKeys<Words>) {
-    const int64_t keys = min_of(kKeys<Words>, k_len - j), vecs = (keys + Vec::size - 1) / Vec::size;
-    multiply<Words>({w.q, pack.ld, w.keys + j * w.pad, kKeys<Words>, w.scores, kKeys<Words>,
-                     words<Words>(a.head_dim)},
-                    rows, vecs, false);
-    const int64_t visible = a.causal ? min_of(keys, first + 1 - s.unseen - j) : keys;
-    // In the block of the diagonal visible keys grow by one a row; k_len ends them.
-    const bool diagonal = a.causal && first + 1 - s.unseen - j < keys;
-    softmax_vecs<Words>(vecs, w, rows, w.k_scale + j, visible, diagonal ? 1 : 0, a.head_dim);
-    multiply<Words>(
-        {w.scores, kKeys<Words>, w.values + j * w.pad, w.pad, w.out, w.pad, words<Words>(keys)},
-        rows, dim_vecs, j > 0);
-  }
-  store_output<Words, T>(a, s, head, first, rows, w);
+  run[0] = 0, run[1] = static_cast<int32_t>(k_len);
+  return {first, rows, run, run + 2};
 }
 
 inline int64_t query_blocks(int64_t tokens) { return (tokens + kQueries - 1) / kQueries; }
@@ -164,7 +202,8 @@ inline int64_t query_blocks(int64_t tokens) { return (tokens + kQueries - 1) / k
 template <class T>
 void fwd(const AttentionFwd& a) {
   using Words = typename WordsOf<T>::type;
-  const int64_t group = a.heads / a.kv_heads, q_blocks = query_blocks(a.q_len);
+  const int64_t group = a.heads / a.kv_heads;
+  const int64_t q_blocks = a.tiles ? a.num_tiles : query_blocks(a.q_len);
   // About six tasks a thread, of at least eight blocks, which repay packing the keys again.
   const int64_t blocks = group * q_blocks, tasks = a.batch * a.kv_heads;
   const int64_t wanted = max_of<int64_t>(8, blocks * tasks / (6 * a.threads));
@@ -172,14 +211,14 @@ void fwd(const AttentionFwd& a) {
   parallel_for(tasks * pieces, a.threads, [&](int64_t task) {
     const Sequence s = sequence(a, task / (a.kv_heads * pieces));
     const int64_t kv_head = task / pieces % a.kv_heads, piece = task % pieces;
-    const int64_t all = group * query_blocks(s.q_len);
+    const int64_t of_head = a.tiles ? a.num_tiles : query_blocks(s.q_len), all = group * of_head;
     const int64_t begin = all * piece / pieces, end = all * (piece + 1) / pieces;
     if (begin == end) return;
     const FwdScratch w(a);
-    pack_keys_and_values<Words, T>(a, s, kv_head, w);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = kv_head * group + i / query_blocks(s.q_len);
-      attend<Words, T>(a, s, head, i % query_blocks(s.q_len) * kQueries, w);
+      int32_t run[2];
+      const Tile tile = a.tiles ? listed_tile(a, i % of_head) : dense_tile(a, s, i % of_head, run);
+      attend<Words, T>(a, s, kv_head * group + i / of_head, tile, w);
     }
   });
 }
@@ -247,19 +286,22 @@ void pack_queries(const AttentionBwd& a, const Sequence& s, int64_t head, const 
 struct ScoreTile {
   float *p, *ds, *ds_pairs;  // [keys, 64]: S^T and dP^T in, P^T and dS^T k_scale out
   const float *k_scale, *lse, *delta;
-  int64_t keys, hidden;  // causal: key j is hidden from the first `hidden` + j queries
+  int64_t keys;
+  // Key j is seen by queries `hidden` + j * step to `visible`.
+  int64_t hidden, step, visible;
 };
 
 template <class Words, int kVecs>
 inline void score_row(const ScoreTile& t, int64_t j, Vec* p, Vec* ds) {
   const Vec scale = set(t.k_scale[j]), score_scale = set(t.k_scale[j] * kPerNat<Words>);
-  const int64_t hidden = min_of(kBlock, t.hidden + j);
-  const float* mask = keep_from(max_of<int64_t>(hidden, 0));
+  const int64_t hidden = min_of(kBlock, t.hidden + j * t.step);
+  const float *mask = keep_from(max_of<int64_t>(hidden, 0)), *below = keep_below(t.visible);
   for (int v = 0; v < kVecs; ++v) {
     const int64_t at = v * Vec::size;
     // Not a multiply-add: lse came from rounded scores, and the rounding must cancel.
     Vec y = add(mul(load(t.p + j * kBlock + at), score_scale), load(t.lse + at));
     if (hidden > 0) y = min(load(mask + at), y);
+    if (t.visible < kVecs * Vec::size) y = min(load(below + at), y);
     p[v] = exp_of_score<Words>(y);
     ds[v] = mul(mul(p[v], scale), sub(load(t.ds + j * kBlock + at), load(t.delta + at)));
   }
@@ -314,21 +356,25 @@ inline void score_gradients_vecs(int64_t vecs, const ScoreTile& t) {
   score_gradients<Words, kVecs>(t);
 }
 
-// One block of keys and one of queries: adds to dk, dv and dq.
+// The packed keys of a tile and queries `from` to `end` of one block: adds to dk, dv and dq.
 template <class Words>
-void tile_gradients(const AttentionBwd& a, const Sequence& s, int64_t j, int64_t keys, int64_t i,
-                    const BwdScratch& w, float* dk, float* dv) {
-  const int64_t queries = min_of(kBlock, s.q_len - i), ld = round_up(words<Words>(a.head_dim), 16);
+void tile_gradients(const AttentionBwd& a, const Sequence& s, const Tile& tile, int64_t from,
+                    int64_t end, const BwdScratch& w, float* dk, float* dv) {
+  constexpr int64_t kStep = Vec::size * Words::per_word;
+  const int64_t keys = tile.count, ld = round_up(words<Words>(a.head_dim), 16);
   const int64_t dim_vecs = (a.head_dim + Vec::size - 1) / Vec::size, pad = w.pad;
-  const int64_t vecs = round_up(queries, Vec::size * Words::per_word) / Vec::size;
-  const int64_t depth = words<Words>(a.head_dim), hidden = a.causal ? j + s.unseen - i : -kBlock;
-  multiply<Words>({w.k_rows, ld, w.q_t + i * pad, kBlock, w.p, kBlock, depth}, keys, vecs, false);
-  multiply<Words>({w.v_rows, ld, w.do_t + i * pad, kBlock, w.ds, kBlock, depth}, keys, vecs, false);
-  score_gradients_vecs<Words>(
-      vecs, {w.p, w.ds, w.ds_pairs, w.k_scale, w.lse + i, w.delta + i, keys, hidden});
-  const int64_t q_words = words<Words>(queries);
-  multiply<Words>({w.p, kBlock, w.d_o + i * pad, pad, dv, pad, q_words}, keys, dim_vecs, true);
-  multiply<Words>({w.ds, kBlock, w.q + i * pad, pad, dk, pad, q_words}, keys, dim_vecs, true);
+  const int64_t block = from / kBlock * kBlock, skip = (from - block) / kStep * kStep;
+  const int64_t i = block + skip, queries = end - i;
+  const int64_t vecs = round_up(queries, kStep) / Vec::size;
+  const int64_t depth = words<Words>(a.head_dim), columns = block * pad + skip;
+  const int64_t hidden = a.causal ? tile.first + s.unseen - i : from - i;
+  multiply<Words>({w.k_rows, ld, w.q_t + columns, kBlock, w.p, kBlock, depth}, keys, vecs, false);
+  multiply<Words>({w.v_rows, ld, w.do_t + columns, kBlock, w.ds, kBlock, depth}, keys, vecs, false);
+  score_gradients_vecs<Words>(vecs, {w.p, w.ds, w.ds_pairs, w.k_scale, w.lse + i, w.delta + i, keys,
+                                     hidden, a.causal ? 1 : 0, queries});
+  const int64_t q_words = words<Words>(queries), at = (block + skip / Words::per_word) * pad;
+  multiply<Words>({w.p, kBlock, w.d_o + at, pad, dv, pad, q_words}, keys, dim_vecs, true);
+  multiply<Words>({w.ds, kBlock, w.q + at, pad, dk, pad, q_words}, keys, dim_vecs, true);
   const float* ds = Words::per_word == 1 ? w.ds : w.ds_pairs;
   multiply<Words, true>({ds, kBlock, w.k, pad, w.dq + i * pad, pad, words<Words>(keys)}, queries,
                         dim_vecs, true);
@@ -371,42 +417,52 @@ void store_query_gradients(const AttentionBwd& a, const Sequence& s, int64_t hea
                a.dq_token);
 }
 
-// One block of keys against all queries of one head.
+// One tile of keys against the queries of one head that see it.
 template <class Words, class T>
-void block_gradients(const AttentionBwd& a, const Sequence& s, int64_t kv_head, int64_t j,
+void block_gradients(const AttentionBwd& a, const Sequence& s, int64_t kv_head, const Tile& tile,
                      const BwdScratch& w, float* dk, float* dv) {
   const Packer<Words> pack(a.head_dim);
-  const int64_t keys = min_of(kBlock, s.k_len - j);
+  const int64_t j = tile.first, keys = tile.count;
   pack.template keys<T>(a, s, kv_head, j, keys, keys, w.k_rows);
   stack_words<Words>(w.k_rows, pack.ld, keys, a.head_dim, w.k, w.pad);
   pack.template values<T>(a, s, kv_head, j, keys, w.v_rows);
   for (int64_t r = 0; r < keys; ++r)
     w.k_scale[r] = static_cast<float>(a.scale) * (a.k_rstd ? a.k_rstd[s.k_token + j + r] : 1.0f);
-  for (int64_t i = 0; i < s.q_len; i += kBlock) {
-    if (a.causal && i + kBlock <= j + s.unseen) continue;  // no query here sees the first key
-    tile_gradients<Words>(a, s, j, keys, i, w, dk, dv);
+  for (const int32_t* run = tile.runs; run < tile.runs_end; run += 2) {
+    for (int64_t i = run[0]; i < run[1];) {
+      const int64_t next = (i / kBlock + 1) * kBlock, end = min_of<int64_t>(next, run[1]);
+      if (!a.causal || next > j + s.unseen)  // else no query here sees the first key
+        tile_gradients<Words>(a, s, tile, i, end, w, dk, dv);
+      i = end;
+    }
   }
+}
+
+inline Tile key_tile(const AttentionBwd& a, const Sequence& s, int64_t i, const int32_t* all) {
+  if (a.tiles) return listed_tile(a, i);
+  return {i * kBlock, min_of(kBlock, s.k_len - i * kBlock), all, all + 2};
 }
 
 // dq of all heads that share a kv head, from one chunk of its keys; dk and dv of the chunk.
 template <class Words, class T>
 void chunk_gradients(const AttentionBwd& a, const Sequence& s, int64_t kv_head, int64_t chunk) {
-  const int64_t group = a.heads / a.kv_heads, blocks = attention_blocks(s.k_len);
-  const int64_t begin = blocks * chunk / a.key_chunks * kBlock;
-  const int64_t end = min_of(blocks * (chunk + 1) / a.key_chunks * kBlock, s.k_len);
+  const int64_t group = a.heads / a.kv_heads;
+  const int64_t tiles = a.tiles ? a.num_tiles : attention_blocks(s.k_len);
+  const int64_t begin = tiles * chunk / a.key_chunks, end = tiles * (chunk + 1) / a.key_chunks;
+  const int32_t all[2] = {0, static_cast<int32_t>(s.q_len)};
   const BwdScratch w(a, group);
   for (int64_t g = 0; g < group; ++g) {
     const int64_t head = kv_head * group + g;
     pack_queries<Words, T>(a, s, head, w);
-    for (int64_t j = begin; j < end; j += kBlock) {
-      float *dk = w.dk + (j - begin) * w.k_stride, *dv = w.dv + (j - begin) * w.k_stride;
+    for (int64_t i = begin; i < end; ++i) {
+      const Tile tile = key_tile(a, s, i, all);
+      float *dk = w.dk + tile.first * w.k_stride, *dv = w.dv + tile.first * w.k_stride;
       if (g == 0) {
-        memset(dk, 0, static_cast<size_t>(kBlock * w.pad) * 4);
-        memset(dv, 0, static_cast<size_t>(kBlock * w.pad) * 4);
+        memset(dk, 0, static_cast<size_t>(tile.count * w.pad) * 4);
+        memset(dv, 0, static_cast<size_t>(tile.count * w.pad) * 4);
       }
-      block_gradients<Words, T>(a, s, kv_head, j, w, dk, dv);
-      if (g == group - 1)
-        store_key_gradients<T>(a, s, kv_head, j, min_of(kBlock, s.k_len - j), dk, dv);
+      block_gradients<Words, T>(a, s, kv_head, tile, w, dk, dv);
+      if (g == group - 1) store_key_gradients<T>(a, s, kv_head, tile.first, tile.count, dk, dv);
     }
     store_query_gradients<T>(a, s, head, chunk, w.dq);
   }

@@ -66,6 +66,17 @@ inline Sequence sequence(const Args& a, int64_t b) {
   return s;
 }
 
+// Some tokens, and the runs [first, end) of the other side's tokens that they see.
+struct Tile {
+  int64_t first, count;
+  const int32_t *runs, *runs_end;
+};
+template <class Args>
+inline Tile listed_tile(const Args& a, int64_t i) {
+  const int32_t* t = a.tiles + 4 * i;
+  return {t[0], t[1], a.runs + 2 * t[2], a.runs + 2 * t[3]};
+}
+
 // Packs rows of q, k or v of one head, from token `first` of a sequence on.
 template <class Words>
 struct Packer {

@@ -7,30 +7,12 @@
 // multiply-add is fused: every implementation gives the same indices. The loops are plain, over
 // arrays of fixed length, for the compiler to vectorise.
 #include "../kernels.h"
-#include "vec.h"
+#include "philox.h"
 
 namespace iv2::IV2_ISA {
 namespace {
 
-constexpr int64_t kBlocks = 32;             // Philox blocks at a time,
-constexpr int64_t kWords = 4 * kBlocks;     // of four words each
 constexpr uint32_t kZeroWeight = 1u << 31;  // above the bits of every positive float
-
-// A 32-bit word sits in 64 bits, whose upper half is ignored: so the compiler finds the multiply.
-void philox(uint64_t (&c)[4][kBlocks], uint32_t k0, uint32_t k1) {
-  for (int round = 0; round < 10; ++round) {
-    for (int64_t i = 0; i < kBlocks; ++i) {
-      const uint64_t p0 = (c[0][i] & 0xFFFFFFFFu) * 0xD2511F53u;
-      const uint64_t p1 = (c[2][i] & 0xFFFFFFFFu) * 0xCD9E8D57u;
-      c[0][i] = (p1 >> 32) ^ c[1][i] ^ k0;
-      c[1][i] = p1;
-      c[2][i] = (p0 >> 32) ^ c[3][i] ^ k1;
-      c[3][i] = p0;
-    }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-}
 
 // The words of the blocks first_block... of a row, in order.
 void random_words(const MasksDraw& a, uint64_t seed, int64_t row, int64_t first_block,
@@ -42,22 +24,9 @@ void random_words(const MasksDraw& a, uint64_t seed, int64_t row, int64_t first_
     c[2][i] = static_cast<uint64_t>(a.stream);
     c[3][i] = static_cast<uint64_t>(a.stream) >> 32;
   }
-  philox(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  philox(c, [seed](int64_t) { return seed; });
   for (int64_t i = 0; i < kBlocks; ++i)
     for (int64_t w = 0; w < 4; ++w) words[4 * i + w] = static_cast<uint32_t>(c[w][i]);
-}
-
-inline float minus_log2(float x) {
-  const int32_t bits = static_cast<int32_t>(bits_of(x));
-  const int32_t exponent = (bits - 0x3F3504F3) >> 23;
-  const float f = float_from_bits(static_cast<uint32_t>(bits - exponent * (1 << 23))) - 1.0f;
-  const float s = f / (f + 2.0f);
-  const float z = s * s;
-  float p = z * 0.320598900f + 0.412198603f;
-  p = p * z + 0.577078044f;
-  p = p * z + 0.961796701f;
-  p = p * z + 2.88539004f;
-  return -(s * p + static_cast<float>(exponent));
 }
 
 // Keys of a row as integers in the order of the floats; false if a weight is negative or not
@@ -71,9 +40,7 @@ bool race(const MasksDraw& a, uint64_t seed, int64_t row, const float* weights, 
     random_words(a, seed, row, begin / 4, words);
     if (weights) memcpy(weight, weights + begin, static_cast<size_t>(n) * 4);
     for (int64_t i = 0; i < kWords; ++i) {
-      const float uniform = (static_cast<float>(static_cast<int32_t>(words[i] >> 9)) + 0.5f) *
-                            1.1920928955078125e-7f;  // 2^-23
-      const float time = minus_log2(uniform);
+      const float time = minus_log2(uniform_of(words[i]));
       const uint32_t positive = bits_of(time / weight[i]), bits = bits_of(weight[i]);
       const uint32_t is_zero = bits << 1 == 0 ? ~0u : 0u;
       words[i] = (positive & ~is_zero) | ((kZeroWeight + bits_of(time)) & is_zero);

@@ -12,6 +12,14 @@ from iv2kernels import _C
 from iv2kernels.native.memory import DTYPE, contiguous, ptr
 
 
+class Lists(NamedTuple):
+    """What each tile sees; see csrc/kernels.h: AttentionFwd."""
+
+    tiles: Tensor  # [num_tiles, 4] int32
+    runs: Tensor  # [R, 2] int32
+    pairs: int  # of a query and a key it sees
+
+
 class Options(NamedTuple):
     """What the op takes besides tensors; cu_seqlens None: dense."""
 
@@ -21,6 +29,7 @@ class Options(NamedTuple):
     max_seqlen_k: int
     causal: bool
     scale: float
+    lists: Lists | None = None
 
 
 class Norm(NamedTuple):
@@ -67,6 +76,23 @@ def _sequences(q: Tensor, options: Options) -> tuple[int, Tensor | None, Tensor 
     return cu_q.numel() - 1, contiguous(cu_q), contiguous(cu_q if cu_k is None else cu_k)
 
 
+def _pairs(q: Tensor, options: Options) -> int:
+    """Of an element of q and a key that it sees, at most."""
+    if options.lists is None:
+        return q.numel() * options.max_seqlen_k
+    return q.numel() // q.shape[1] * options.lists.pairs
+
+
+def _lists(options: Options) -> tuple[int, int]:
+    """Addresses of tiles and of runs."""
+    lists = options.lists
+    return (0, 0) if lists is None else (ptr(lists.tiles), ptr(lists.runs))
+
+
+def _num_tiles(options: Options) -> int:
+    return 0 if options.lists is None else options.lists.tiles.shape[0]
+
+
 def _norm(norm: Norm | None) -> tuple[int, int, int]:
     """Addresses of gain, of rstd of q and of rstd of k."""
     return (0, 0, 0) if norm is None else (ptr(norm.gain), ptr(norm.rstd[0]), ptr(norm.rstd[1]))
@@ -107,7 +133,7 @@ def forward(
         return o, lse
     if k.numel() == 0:
         return o.zero_(), lse.fill_(-torch.inf)
-    threads = threads_for(4 * q.numel() * options.max_seqlen_k)
+    threads = threads_for(4 * _pairs(q, options))
     scratch = torch.empty(threads, _C.attention_fwd_scratch(head_dim, options.max_seqlen_k))
     _C.attention_fwd(
         ptr(q),
@@ -115,6 +141,7 @@ def forward(
         ptr(v),
         ptr(cu_q),
         ptr(cu_k),
+        *_lists(options),
         *_norm(norm),
         ptr(o),
         ptr(lse),
@@ -126,6 +153,7 @@ def forward(
         options.max_seqlen_k,
         head_dim,
         o.numel() // (heads * head_dim),
+        _num_tiles(options),
         *_strides(q, packed),
         *_strides(k, packed),
         *_strides(v, packed),
@@ -181,13 +209,15 @@ def backward(
     (heads, head_dim), kv_heads = q.shape[-2:], k.shape[-2]
     queries, keys = q.numel() // (heads * head_dim), k.numel() // (kv_heads * head_dim)
     longest = options.max_seqlen_q, options.max_seqlen_k
-    chunks = _C.attention_key_chunks(sequences, kv_heads, longest[1])
+    # With lists, as many as keys in the average query's would make.
+    seen = longest[1] if options.lists is None else options.lists.pairs // longest[0]
+    chunks = _C.attention_key_chunks(sequences, kv_heads, seen)
     partial = direct = None
     if dq is None or chunks > 1:
         partial = torch.empty(chunks, queries, heads, head_dim)
     if dk is None:
         direct = torch.empty(keys, kv_heads, head_dim)
-    threads = threads_for(10 * q.numel() * longest[1])
+    threads = threads_for(10 * _pairs(q, options))
     size = _C.attention_bwd_scratch(head_dim, *longest, heads // kv_heads)
     scratch = torch.empty(threads, size)
     _C.attention_bwd(
@@ -196,6 +226,7 @@ def backward(
         ptr(v),
         ptr(cu_q),
         ptr(cu_k),
+        *_lists(options),
         *_norm(norm),
         ptr(o),
         ptr(d_o),
@@ -213,6 +244,7 @@ def backward(
         *longest,
         head_dim,
         queries,
+        _num_tiles(options),
         *_strides(q, packed),
         *_strides(k, packed),
         *_strides(v, packed),

@@ -1,4 +1,4 @@
-"""Softmax attention: dense over strided views, or packed sequences."""
+"""Softmax attention: dense over strided views, packed sequences, or lists of blocks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iv2kernels import dispatch
 from iv2kernels.dispatch import Function, Impl
+from iv2kernels.ops.attention_blocks import BlockMask, attention_blocks
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     packed: Packed | None = None,
+    blocks: BlockMask | None = None,
     return_lse: bool = False,
     impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,7 +46,8 @@ def attention(
 
     Equivalent to, for each head (a kv head serves heads / kv_heads neighbouring heads)::
 
-        s = scale * q kᵀ                              # causal: -inf where key > query + Nk - Nq
+        s = scale * q kᵀ                              # causal: -inf where key > query + Nk - Nq;
+                                                      # blocks: -inf where ~blocks.dense()
         lse = logsumexp(s, -1)
         o = exp(s - lse) v                            # 0 where no key is visible (lse = -inf)
 
@@ -57,6 +60,9 @@ def attention(
             is aligned to the last key.
         scale: Of the scores; None: head_dim ** -0.5.
         packed: Lengths of the sequences when q, k and v hold several, end to end.
+        blocks: Lists of the key blocks that a query block sees, for dense q, k and v without
+            causal; time goes with its density. per_frame, per_tube,
+            spacetime_window and all_blocks build them.
         return_lse: Also return the log-sum-exp of the scores; its gradient is taken into account.
         impl: Implementation; None lets dispatch choose.
 
@@ -66,7 +72,7 @@ def attention(
     Raises:
         ValueError: Shapes do not fit together, heads is not a multiple of kv_heads, or cu_seqlens
             does not run, without decreasing, from 0 to the number of rows with no sequence longer
-            than max_seqlen.
+            than max_seqlen; blocks is given with causal or packed, or is of other lengths.
         TypeError: q is not floating point, k or v has another dtype, or cu_seqlens is not int32.
 
     Saves q, k, v, o and lse for backward; never the scores. An additive bias and dropout are not
@@ -76,10 +82,14 @@ def attention(
     Dao, FlashAttention-2, 2023, arXiv:2307.08691.
     """
     _check(q, k, v, packed)
+    if blocks is not None:
+        _check_blocks(q, k, causal, packed, blocks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     name = dispatch.choose("attention", q, impl)
     if name == "reference":
-        o, lse = reference(q, k, v, causal, scale, packed)
+        o, lse = reference(q, k, v, causal, scale, packed, blocks)
+    elif blocks is not None:
+        o, lse = attention_blocks(q, k, v, blocks, scale, name)
     else:
         o, lse = _Attention.apply(q, k, v, *_lengths(q, k, packed), causal, scale, name)
     return (o, lse) if return_lse else o
@@ -92,6 +102,7 @@ def reference(
     causal: bool,
     scale: float,
     packed: Packed | None,
+    blocks: BlockMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition."""
     if packed is not None:
@@ -110,6 +121,8 @@ def reference(
         nq, nk = s.shape[-2:]
         seen = torch.ones(nq, nk, dtype=torch.bool, device=s.device).tril(nk - nq)
         s = s.masked_fill(~seen, -torch.inf)
+    if blocks is not None:
+        s = s.masked_fill(~blocks.dense().to(s.device), -torch.inf)
     lse = torch.logsumexp(s, -1)
     p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     return torch.einsum("bhqk,bkhd->bqhd", p.to(v.dtype), v), lse
@@ -137,6 +150,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None) -> None:
         )
     if packed is not None:
         _check_packed(packed)
+
+
+def _check_blocks(
+    q: Tensor, k: Tensor, causal: bool, packed: Packed | None, blocks: BlockMask
+) -> None:
+    if causal or packed is not None:
+        other = "causal" if causal else "packed"
+        raise ValueError(f"attention: blocks must be given without {other}, got both")
+    if (blocks.num_queries, blocks.num_keys) != (q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"attention: blocks must be of {q.shape[1]} queries and {k.shape[1]} keys, "
+            f"got {blocks.num_queries} and {blocks.num_keys}"
+        )
 
 
 def _check_packed(packed: Packed) -> None:
