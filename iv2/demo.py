@@ -56,8 +56,8 @@ class Budget:
 
 DEMO = Budget(
     clips=2000,
-    image_teacher_steps=300,
-    video_teacher_steps=750,
+    image_teacher_steps=400,
+    video_teacher_steps=800,
     stage1_steps=1000,
     supervised_steps=0,
     single_teachers=False,
