@@ -51,6 +51,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("row_chunks", &iv2::row_chunks);
   m.attr("attention_queries") = iv2::kAttentionQueries;
   m.attr("attention_block") = iv2::kAttentionBlock;
+  m.attr("hard_negatives_rows") = iv2::kHardNegativesRows;
+  m.attr("hard_negatives_columns") = iv2::kHardNegativesColumns;
   m.def("attention_fwd_scratch", &iv2::attention_fwd_scratch);
   m.def("attention_bwd_scratch", &iv2::attention_bwd_scratch);
   m.def("attention_key_chunks", &iv2::attention_key_chunks);

@@ -97,7 +97,7 @@ def run(budget: Budget, out: Path) -> Path:
         _train(out, students["supervised"])
     probes = _once(out / "probes.json", lambda: _probe_all(students, world, held_out))
     steps = _once(out / "speed.json", lambda: _speed(budget.speed_rounds))
-    # A call that only finishes the page adds to the time of those before it.
+    # Over the calls that came this far; what a killed one had spent is not known.
     path = out / "results.json"
     before = json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.exists() else 0.0
     results = _results(budget, probes, steps, before + time.monotonic() - began)
@@ -288,8 +288,8 @@ def _page(
     page = report.Page("iv2: stage 1 on toy and real video")
     machine = results["machine"]
     page.text(
-        f"{results['command']}: {results['seconds']:.0f} s, {machine['threads']} "
-        f"threads, torch {machine['torch']}."
+        f"{results['command']}: {results['seconds']:.0f} s (without calls that were cut short), "
+        f"{machine['threads']} threads, torch {machine['torch']}."
     )
     page.heading("What the frozen encoder knows: probes on held-out clips of another seed")
     probes = results["probe"]["accuracy"]

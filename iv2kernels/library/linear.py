@@ -32,14 +32,14 @@ _ONEDNN = {
     torch.float16: _supported("_is_mkldnn_fp16_supported"),
 }
 # Without a float16 GEMM in hardware torch multiplies one element at a time, at 1-10 GFLOP/s.
-_WIDEN = {torch.float16} if not _ONEDNN[torch.float16] else set()
+WIDEN = {torch.float16} if not _ONEDNN[torch.float16] else set()
 # Calling it costs 15 us more than F.linear.
 _LEAST_FLOPS = 1 << 21
 
 
 def matmul_t(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` for x [..., K] and weight [N, K]."""
-    if x.dtype in _WIDEN:
+    if x.dtype in WIDEN:
         wide_bias = None if bias is None else bias.float()
         return matmul_t(x.float(), weight.float(), wide_bias).to(x.dtype)
     if not _ONEDNN.get(x.dtype, False) or 2 * x.numel() * weight.shape[0] < _LEAST_FLOPS:
@@ -61,7 +61,7 @@ def grad_weight(dy: Tensor, x: Tensor) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for matrices of one dtype, on torch's own choice."""
-    if a.dtype in _WIDEN:
+    if a.dtype in WIDEN:
         return torch.mm(a.float(), b.float()).to(a.dtype)
     return torch.mm(a, b)
 

@@ -12,15 +12,14 @@ from iv2kernels import _C
 from iv2kernels.native.memory import ptr
 from iv2kernels.ops.hard_negatives import STREAM, check_values
 
-# kHardNegativesRows and kHardNegativesColumns of csrc/kernels.h
-_ROWS, _COLUMNS = 64, 128
 # What is best in a column is found per chunk of rows, in this many at most.
 _MAX_CHUNKS = 64
 
 
-def _by_columns(t: Tensor) -> Tensor:  # [B, D] -> [column blocks, D, _COLUMNS]
-    padded = F.pad(t.float(), (0, 0, 0, -t.shape[0] % _COLUMNS))
-    return padded.view(-1, _COLUMNS, t.shape[1]).transpose(1, 2).contiguous()
+def _by_columns(t: Tensor) -> Tensor:  # [B, D] -> [column blocks, D, _C.hard_negatives_columns]
+    size = _C.hard_negatives_columns
+    padded = F.pad(t.float(), (0, 0, 0, -t.shape[0] % size))
+    return padded.view(-1, size, t.shape[1]).transpose(1, 2).contiguous()
 
 
 def hard_negatives_draw(
@@ -38,7 +37,7 @@ def hard_negatives_draw(
     classes = torch.arange(batch) if ids is None else ids.unique(return_inverse=True)[1]
     classes, seeds = classes.int().contiguous(), seeds.contiguous()
     v, columns = v.float().contiguous(), _by_columns(t)
-    chunks = min(_MAX_CHUNKS, -(-batch // _ROWS))
+    chunks = min(_MAX_CHUNKS, -(-batch // _C.hard_negatives_rows))
     best = torch.empty(chunks, batch)
     best_row = torch.empty(chunks, batch, dtype=torch.int32)
     _C.hard_negatives_draw(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from iv2kernels import _C
-from iv2kernels.library.linear import _WIDEN, matmul_t
+from iv2kernels.library.linear import WIDEN, matmul_t
 from iv2kernels.native.memory import DTYPE, ptr
 
 # Bytes of a chunk of logits, and its fewest rows: a GEMM of fewer is bound by reading the weight.
@@ -145,7 +145,7 @@ def linear_cross_entropy_fwd(
     losses = torch.empty(rows, dtype=torch.float64)
     if rows == 0:
         problem.dweight.zero_()
-    wide = x.dtype in _WIDEN
+    wide = x.dtype in WIDEN
     row_bytes = max(weight.shape[0], 1) * (4 if wide else x.dtype.itemsize)
     chunks = -(-rows // max(_CHUNK_BYTES // row_bytes, _LEAST_ROWS))
     # oneDNN and MKL see float32 as it is, also under autocast

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iv2kernels import dispatch
 from iv2kernels.dispatch import Function, Impl
-from iv2kernels.ops.attention_blocks import BlockMask, attention_blocks
+from iv2kernels.ops.attention_blocks import BlockMask, attention_blocks, bwd_fake
 
 
 @dataclass(frozen=True)
@@ -235,13 +235,6 @@ def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tens
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
-def _bwd_fake(
-    d_o: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    return dq, dk, dv
-
-
 _fwd = dispatch.define(
     "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, str impl) "
@@ -252,5 +245,5 @@ _bwd = dispatch.define(
     "attention_bwd(Tensor d_o, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "bool causal, float scale, str impl) -> (Tensor, Tensor, Tensor)",
-    _bwd_fake,
+    bwd_fake,
 )

@@ -286,9 +286,10 @@ def _fwd_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
-def _bwd_fake(
+def bwd_fake(
     d_o: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Of attention_bwd and attention_blocks_bwd: gradients like q, k and v."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     return dq, dk, dv
 
@@ -302,5 +303,5 @@ _bwd = dispatch.define(
     "attention_blocks_bwd(Tensor d_o, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, "
     "Tensor lse, Tensor k_blocks, Tensor runs, SymInt pairs, float scale, str impl) "
     "-> (Tensor, Tensor, Tensor)",
-    _bwd_fake,
+    bwd_fake,
 )

@@ -60,9 +60,9 @@ def linear_cross_entropy(
     forward pass, while a chunk is there, which saves computing the logits twice: three GEMMs in
     all. dweight is accumulated in float32 and p - y is formed in float32; forward's extra memory is
     dx, that float32 dweight and about 16 MiB, and is held until backward, which writes the scaled
-    gradients. Between chunks, and in every sum over rows or classes, results do not depend on the
-    number of threads; inside a GEMM that is oneDNN's or MKL's affair, which may split a long sum
-    (dx sums over V) by threads.
+    gradients beside them. Between chunks, and in every sum over rows or classes, results do not
+    depend on the number of threads; inside a GEMM that is oneDNN's or MKL's affair, which may split
+    a long sum (dx sums over V) by threads.
 
     Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024, arXiv:2411.09009;
     Szegedy et al., Rethinking the Inception Architecture (label smoothing), 2015, arXiv:1512.00567.

@@ -30,12 +30,12 @@ def finished(tmp_path_factory):
     patch.setattr(demo, "_PROBE_STEPS", 2)
     out = tmp_path_factory.mktemp("demo")
     (out / "speed.json").write_text(json.dumps(SPEED))  # a step that was done: not timed again
-    yield out, demo.run(BUDGET, out), patch
+    yield out, demo.run(BUDGET, out)
     patch.undo()
 
 
 def test_page_and_results(finished):
-    out, page, _ = finished
+    out, page = finished
     results = json.loads((out / "results.json").read_text())
     students = ["stage1", "stage1, image teacher only", "stage1, video teacher only"]
     assert list(results["probe"]["accuracy"]) == ["random", *students, "supervised"]
@@ -51,7 +51,7 @@ def test_page_and_results(finished):
 
 
 def test_a_second_run_does_nothing_again(finished):
-    out, page, _ = finished
+    out, page = finished
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     assert len(before) > 5
     assert demo.run(BUDGET, out) == page
