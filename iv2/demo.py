@@ -57,9 +57,9 @@ class Budget:
 
 DEMO = Budget(
     clips=2000,
-    image_teacher_steps=400,
+    image_teacher_steps=600,
     video_teacher_steps=800,
-    stage1_steps=1500,
+    stage1_steps=1300,
     supervised_steps=0,
     single_teachers=False,
     goals={"motion": 0.15, "background": 0.10},
