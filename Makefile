@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAGE ?= 1
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: demo learn test check bench format clean
+.PHONY: demo learn test sanitize check bench format clean
 
 $(VENV)/base: Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,16 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench
+
+# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, beside the usual build.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/installed
+	$(BIN)/python -m pip install -q cmake ninja "pybind11>=3" "setuptools>=77"
+	rm -rf $(SANITIZED)
+	IV2_SANITIZE=ON PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-deps \
+		--no-build-isolation --target $(SANITIZED) .
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		PYTHONPATH=$(SANITIZED) $(BIN)/pytest tests/ops -k "not compile and not at_a_real_size"
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('IV2_BUILD_TYPE', 'Release')}",
             f"-DIV2_WERROR={os.environ.get('IV2_WERROR', 'OFF')}",
+            f"-DIV2_SANITIZE={os.environ.get('IV2_SANITIZE', 'OFF')}",
             f"-DIV2_ISAS={os.environ.get('IV2_ISAS', '')}",  # e.g. avx2, for a quicker build
         ]
         subprocess.check_call(configure)

@@ -49,6 +49,9 @@ PYBIND11_MODULE(_C, m) {
   });
   IV2_KERNELS(IV2_BIND)
   m.def("row_chunks", &iv2::row_chunks);
+  m.def("pair_blocks", &iv2::pair_blocks);
+  m.def("pair_strip_scratch", &iv2::pair_strip_scratch);
+  m.def("pair_tile_scratch", &iv2::pair_tile_scratch);
   m.attr("attention_queries") = iv2::kAttentionQueries;
   m.attr("attention_block") = iv2::kAttentionBlock;
   m.attr("hard_negatives_rows") = iv2::kHardNegativesRows;

@@ -97,6 +97,56 @@ struct DistillLossBwd {
   int64_t threads;
 };
 
+// Losses over all pairs of a row of v and a row of t (contrastive_loss, siglip_loss), of logits
+// scale * v t^T + bias. Rows of equal labels match. v is taken in strips, t in blocks, and columns
+// of gradients in panels (pair_tiles.h).
+static constexpr int64_t kPairStrip = 256, kPairBlock = 64, kPairPanel = 128;
+static constexpr int64_t pair_blocks(int64_t rows) { return (rows + kPairBlock - 1) / kPairBlock; }
+// Floats of scratch a strip needs, and a thread: packed rows, and tiles or what their rows got.
+static constexpr int64_t pair_strip_scratch(int64_t rows, int64_t dim, int64_t backward) {
+  const int64_t tiles = pair_blocks(rows) * (backward ? kPairBlock : 4);
+  return kPairStrip * (2 * ((dim + 15) / 16 * 16 + 16) + tiles);
+}
+static constexpr int64_t pair_tile_scratch(int64_t dim) {
+  return 2 * kPairBlock * ((dim + 15) / 16 * 16 + 16) + kPairStrip * kPairBlock;
+}
+
+struct PairLossFwd {
+  const void* v;                // [B, D] dtype
+  const void* t;                // [B, D] dtype
+  const float* labels;          // [B] whole numbers
+  const float* inverse_counts;  // [B] 1 / rows of the same label; null in siglip_loss
+  float* stats;  // [4, B]: maximum and inverse sum of e^(s - maximum), of rows and of columns;
+                 // null in siglip_loss
+  float* sums;   // [3, B] scratch: sums of positives, and how often a row's and a column's
+                 // maximum occurs; null with stats
+  float* loss;   // [1]
+  double* block_sums;  // [pair_blocks(B)] scratch, null with stats
+  float* strip;        // [pair_strip_scratch(B, D, 0)]
+  float* tiles;        // [threads, pair_tile_scratch(D)]
+  int64_t rows, dim, dtype;
+  double scale, bias;
+  int64_t threads;
+};
+
+// dv and dt are rows of D rounded up to 16, of which the first D count.
+struct PairLossBwd {
+  const void* v;
+  const void* t;
+  const float* labels;
+  const float* inverse_counts;
+  float* stats;        // as forward left them
+  float* dv;           // [B, D rounded up] or null
+  float* dt;           // [B, D rounded up] or null
+  double* sums;        // [2]: the gradients of scale and of bias
+  double* block_sums;  // [pair_blocks(B), 2] scratch
+  float* strip;        // [pair_strip_scratch(B, D, 1)]
+  float* tiles;        // [threads, pair_tile_scratch(D)]
+  int64_t rows, dim, dtype;
+  double scale, bias, dloss;
+  int64_t threads;
+};
+
 // One chunk of rows: their logits become, with want_grads, scale times their gradient.
 struct LinearCrossEntropyFwd {
   void* logits;           // [M, V] dtype
@@ -365,6 +415,10 @@ struct AttentionPoolBwd {
   K(add_rms_norm_bwd, AddRmsNormBwd)                                   \
   K(distill_loss_fwd, DistillLossFwd)                                  \
   K(distill_loss_bwd, DistillLossBwd)                                  \
+  K(contrastive_loss_fwd, PairLossFwd)                                 \
+  K(contrastive_loss_bwd, PairLossBwd)                                 \
+  K(siglip_loss_fwd, PairLossFwd)                                      \
+  K(siglip_loss_bwd, PairLossBwd)                                      \
   K(linear_cross_entropy_fwd, LinearCrossEntropyFwd)                   \
   K(mlp_fwd, MlpFwd)                                                   \
   K(mlp_bwd, MlpBwd)                                                   \

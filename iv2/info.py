@@ -51,6 +51,7 @@ def _ops() -> dict[str, dict[str, Any]]:
         x = torch.empty(0, dtype=dtype, device=device)
         table[op] = {
             "uses": dispatch.choose(op, x),
+            "tuned": (op, device, dtype) in dispatch.TUNED,
             "implementations": dispatch.available(op, device, dtype),
         }
     return table
@@ -101,5 +102,6 @@ def as_text() -> str:
     lines.append("")
     for op, row in page["ops"].items():
         reasons = [f"{n}: {why}" for n, why in row["implementations"].items() if why != "yes"]
-        lines.append(f"{op:26s} {row['uses']:10s} {'; '.join(reasons)}")
+        uses = f"{row['uses']}{' (tuned)' if row['tuned'] else ''}"
+        lines.append(f"{op:26s} {uses:18s} {'; '.join(reasons)}")
     return "\n".join(lines)

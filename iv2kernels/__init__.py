@@ -17,6 +17,7 @@ from iv2kernels.ops.attention_blocks import (
     spacetime_window,
 )
 from iv2kernels.ops.attention_pool import attention_pool
+from iv2kernels.ops.contrastive_loss import contrastive_loss
 from iv2kernels.ops.distill_loss import distill_loss
 from iv2kernels.ops.gather_tokens import gather_tokens
 from iv2kernels.ops.hard_negatives import hard_negatives
@@ -26,7 +27,10 @@ from iv2kernels.ops.masks import attention_guided_mask, random_mask, tube_mask
 from iv2kernels.ops.mlp import mlp
 from iv2kernels.ops.patch_embed import IMAGENET_MEAN, IMAGENET_STD, patch_embed
 from iv2kernels.ops.resized_crop_normalize import resized_crop_normalize
+from iv2kernels.ops.siglip_loss import siglip_loss
 from iv2kernels.ops.spatiotemporal_attention import spatiotemporal_attention
+from iv2kernels.tuning import load as _load_tuned
+from iv2kernels.tuning import tune
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -40,6 +44,7 @@ __all__ = [
     "attention_guided_mask",
     "attention_pool",
     "available",
+    "contrastive_loss",
     "distill_loss",
     "gather_tokens",
     "hard_negatives",
@@ -53,8 +58,12 @@ __all__ = [
     "resized_crop_normalize",
     "rms_norm",
     "set_isa",
+    "siglip_loss",
     "spacetime_window",
     "spatiotemporal_attention",
     "tube_mask",
+    "tune",
     "use",
 ]
+
+_load_tuned()

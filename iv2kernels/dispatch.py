@@ -2,8 +2,9 @@
 
 An op has up to four implementations: ``reference`` (plain PyTorch, autograd differentiates it),
 ``native`` (csrc), ``triton``, and ``torch`` (a library call). The choice is, in this order: the
-``impl=`` argument, ``use(...)``, the environment variable ``IV2_IMPL``, and the first row of
-``PREFER`` that can run. A choice made by name never falls back: it raises when it cannot run.
+``impl=`` argument, ``use(...)``, the environment variable ``IV2_IMPL``, what ``tune`` found on this
+machine, and the first row of ``PREFER`` that can run. A choice made by name never falls back: it
+raises when it cannot run.
 """
 
 from __future__ import annotations
@@ -40,10 +41,17 @@ PREFER: dict[str, dict[str, tuple[Impl, ...]]] = {
     "gather_tokens": {"cpu": ("native",)},
     "attention_pool": {"cpu": ("native",)},
     "distill_loss": {"cpu": ("native",)},
+    "contrastive_loss": {"cpu": ("native",)},
+    "siglip_loss": {"cpu": ("native",)},
     "masks": {"cpu": ("native",)},
     "hard_negatives": {"cpu": ("native",)},
     "resized_crop_normalize": {"cpu": ("native",)},
 }
+
+# Op, device type, dtype.
+Key = tuple[str, str, torch.dtype]
+# What iv2kernels/tuning.py found or read.
+TUNED: dict[Key, Impl] = {}
 
 # Native kernels take these; float64 goes to the reference.
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,13 +136,35 @@ def choose(op: str, x: Tensor, impl: Impl | None = None) -> Impl:
         if reason is not None:
             raise RuntimeError(f"{op}: implementation {asked} cannot run: {reason}")
         return asked
-    for candidate in PREFER[op].get(x.device.type, ()):
+    key = (op, x.device.type, x.dtype)
+    for calls in _recorders:
+        calls.append(key)
+    return TUNED[key] if key in TUNED else default(*key)
+
+
+def default(op: str, device: str, dtype: torch.dtype) -> Impl:
+    """The first row of ``PREFER`` that can run."""
+    for candidate in PREFER[op].get(device, ()):
         # The scalar build is for correctness; torch's own kernels are faster there.
         if candidate == "native" and _SCALAR_ONLY[0]:
             continue
-        if why_not(op, candidate, x.device.type, x.dtype) is None:
+        if why_not(op, candidate, device, dtype) is None:
             return candidate
     return "reference"
+
+
+_recorders: list[list[Key]] = []
+
+
+@contextmanager
+def recording() -> Iterator[list[Key]]:
+    """A list that every choice left to dispatch is appended to."""
+    calls: list[Key] = []
+    _recorders.append(calls)
+    try:
+        yield calls
+    finally:
+        _recorders.remove(calls)
 
 
 def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
