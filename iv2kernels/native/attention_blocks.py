@@ -20,11 +20,16 @@ def _tiles(blocks: Tensor, size: int) -> Tensor:
     return torch.stack(rows, 1).int()
 
 
+def lists_of(blocks: Tensor, runs: Tensor, pairs: int, size: int) -> Lists:
+    """What the kernel takes of BlockMask's tensors."""
+    return Lists(_tiles(blocks, size), runs.contiguous(), pairs)
+
+
 def _options(
     q: Tensor, k: Tensor, blocks: Tensor, size: int, rest: tuple[Tensor, int, float]
 ) -> Options:
     runs, pairs, scale = rest
-    lists = Lists(_tiles(blocks, size), runs.contiguous(), pairs)
+    lists = lists_of(blocks, runs, pairs, size)
     return Options(None, None, q.shape[1], k.shape[1], False, scale, lists)
 
 

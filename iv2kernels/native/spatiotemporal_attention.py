@@ -8,6 +8,7 @@ from torch import Tensor
 from iv2kernels import _C
 from iv2kernels.native import attention
 from iv2kernels.native.attention import Norm, Options, threads_for
+from iv2kernels.native.attention_blocks import lists_of
 from iv2kernels.native.memory import DTYPE, ptr
 
 
@@ -16,8 +17,10 @@ def _gain(q_weight: Tensor, k_weight: Tensor) -> Tensor:
     return (q_weight.float() * k_weight.float()).contiguous()
 
 
-def _options(tokens: int, scale: float) -> Options:
-    return Options(None, None, tokens, tokens, False, scale)
+def _options(tokens: int, scale: float, lists: list[Tensor], pairs: int, size: int) -> Options:
+    """Lists: none, or blocks and runs of BlockMask."""
+    seen = lists_of(lists[0], lists[1], pairs, size) if lists else None
+    return Options(None, None, tokens, tokens, False, scale, seen)
 
 
 def _rstd(qkv: Tensor, eps: float) -> Tensor:
@@ -38,7 +41,13 @@ def _rstd(qkv: Tensor, eps: float) -> Tensor:
 
 
 def spatiotemporal_attention_fwd(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, scale: float, eps: float
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    lists: list[Tensor],
+    pairs: int,
+    scale: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See csrc/kernels.h: AttentionFwd."""
     rstd, norm = torch.empty(0), None
@@ -47,7 +56,8 @@ def spatiotemporal_attention_fwd(
         rstd = _rstd(qkv, eps)
         norm = Norm(_gain(q_weight, k_weight), rstd)
     q, k, v = qkv.unbind(2)
-    o, lse = attention.forward(q, k, v, _options(q.shape[1], scale), norm)
+    options = _options(q.shape[1], scale, lists, pairs, _C.attention_queries)
+    o, lse = attention.forward(q, k, v, options, norm)
     return o.flatten(2), lse, rstd
 
 
@@ -59,11 +69,14 @@ def spatiotemporal_attention_bwd(
     o: Tensor,
     lse: Tensor,
     rstd: Tensor,
+    lists: list[Tensor],
+    pairs: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See csrc/kernels.h: AttentionBwd, SpatiotemporalAttentionNormBwd."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
-    options, grads = _options(qkv.shape[1], scale), (d_o, None)
+    options = _options(qkv.shape[1], scale, lists, pairs, _C.attention_block)
+    grads = (d_o, None)
     if q_weight is None or k_weight is None:
         if qkv.numel():
             q, k, v = qkv.unbind(2)

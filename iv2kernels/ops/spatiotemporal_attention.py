@@ -11,6 +11,7 @@ from torch import Tensor
 from iv2kernels import dispatch
 from iv2kernels.dispatch import Function, Impl
 from iv2kernels.ops.add_rms_norm import reference as _norm
+from iv2kernels.ops.attention_blocks import BlockMask
 
 
 def spatiotemporal_attention(
@@ -20,17 +21,30 @@ def spatiotemporal_attention(
     *,
     scale: float | None = None,
     eps: float = 1e-6,
+    blocks: BlockMask | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """Attend jointly among all tokens of a clip, with q and k normalised over the full width.
+    """Attend among the tokens of a clip, with q and k normalised over the full width.
 
     Equivalent to, with C = heads * head_dim::
 
         q, k, v = qkv.unbind(2)
         q, k = rms_norm(q.flatten(2), q_weight), rms_norm(k.flatten(2), k_weight)
-        o = softmax(scale * q kᵀ) v                     # per head
+        s = scale * q kᵀ                                # per head; -inf where ~blocks.dense()
+        o = softmax(s) v
 
     The norm costs no pass over q and k: one rstd a token scales rows and columns of the scores.
+
+    Without blocks all tokens attend to each other (joint space-time attention, as InternVideo2
+    does). The other patterns of video transformers are lists of blocks, over a grid (T, H, W) of
+    tokens, each with or without a CLS token that sees and is seen by all::
+
+        per_frame(grid)                      # space: a token sees its frame
+        per_tube(grid)                       # time: its place in all frames; tokens in tube order
+        spacetime_window(grid, frames, rows) # a window that slides over frames and rows
+
+    With visible tokens only, as many in each frame (``tube_mask``, ``attention_guided_mask``), the
+    grid of per_frame is (T, 1, visible), of per_tube (T, 1, visible) for a tube mask.
 
     Args:
         qkv: Queries, keys and values as one projection gives them. float32, bfloat16, float16
@@ -40,13 +54,16 @@ def spatiotemporal_attention(
         k_weight: The same of k.
         scale: Of the scores; None: head_dim ** -0.5.
         eps: Added to the mean square of the norms.
+        blocks: Lists of the key blocks that a query block sees, of N queries and keys; time goes
+            with its density. None: all see all.
         impl: Implementation; None lets dispatch choose.
 
     Returns:
         o [B, N, C] in qkv.dtype.
 
     Raises:
-        ValueError: qkv is not [B, N, 3, heads, head_dim], or a weight is not [C] or given alone.
+        ValueError: qkv is not [B, N, 3, heads, head_dim], or a weight is not [C] or given alone;
+            blocks is of another number of tokens.
         TypeError: qkv is not floating point.
 
     Saves qkv, o, lse and two float32 per token for backward, which writes the gradient of qkv in
@@ -54,14 +71,22 @@ def spatiotemporal_attention(
     flash_attn_varlen_qkvpacked_func of the released block.
 
     Wang et al., InternVideo2, 2024, arXiv:2403.15377; Dao, FlashAttention-2, 2023,
-    arXiv:2307.08691.
+    arXiv:2307.08691; Bertasius et al., TimeSformer (space and time patterns), 2021,
+    arXiv:2102.05095.
     """
     _check(qkv, q_weight, k_weight)
+    if blocks is not None and (blocks.num_queries, blocks.num_keys) != (qkv.shape[1],) * 2:
+        raise ValueError(
+            f"spatiotemporal_attention: blocks must be of {qkv.shape[1]} tokens, got "
+            f"{blocks.num_queries} queries and {blocks.num_keys} keys"
+        )
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     name = dispatch.choose("spatiotemporal_attention", qkv, impl)
     if name == "reference":
-        return reference(qkv, q_weight, k_weight, scale, eps)
-    o, *_ = _SpatiotemporalAttention.apply(qkv, q_weight, k_weight, scale, eps, name)
+        return reference(qkv, q_weight, k_weight, scale, eps, blocks)
+    lists = [] if blocks is None else [blocks.q_blocks, blocks.k_blocks, blocks.runs]
+    pairs = 0 if blocks is None else blocks.pairs
+    o, *_ = _SpatiotemporalAttention.apply(qkv, q_weight, k_weight, pairs, scale, eps, name, *lists)
     return o  # type: ignore[no-any-return]
 
 
@@ -71,14 +96,16 @@ def reference(
     k_weight: Tensor | None,  # [C]
     scale: float,
     eps: float,
+    blocks: BlockMask | None = None,
 ) -> Tensor:
     """The definition."""
     q, k, v = qkv.unbind(2)
     if q_weight is not None and k_weight is not None:
         q = _norm(q.flatten(2), None, q_weight, None, None, eps)[0].view_as(q)
         k = _norm(k.flatten(2), None, k_weight, None, None, eps)[0].view_as(k)
+    seen = None if blocks is None else blocks.dense().to(q.device)
     o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen, scale=scale
     )
     return o.transpose(1, 2).flatten(2)
 
@@ -110,33 +137,34 @@ class _SpatiotemporalAttention(Function):
         qkv: Tensor,
         q_weight: Tensor | None,
         k_weight: Tensor | None,
+        pairs: int,
         scale: float,
         eps: float,
         impl: str,
+        *lists: Tensor,  # none, or q_blocks, k_blocks and runs of BlockMask
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _fwd(qkv, q_weight, k_weight, scale, eps, impl)  # type: ignore[no-any-return]
+        seen = [lists[0], lists[2]] if lists else []
+        return _fwd(qkv, q_weight, k_weight, seen, pairs, scale, eps, impl)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        qkv, q_weight, k_weight, ctx.scale, _, ctx.impl = inputs
+        qkv, q_weight, k_weight, ctx.pairs, ctx.scale, _, ctx.impl, *lists = inputs
         o, lse, rstd = output
         ctx.mark_non_differentiable(lse, rstd)
-        ctx.save_for_backward(qkv, q_weight, k_weight, o, lse, rstd)
+        ctx.save_for_backward(qkv, q_weight, k_weight, o, lse, rstd, *lists[1:])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_o: Tensor, *_: Any) -> tuple[Any, ...]:
-        qkv, q_weight, k_weight, o, lse, rstd = ctx.saved_tensors
+        qkv, q_weight, k_weight, o, lse, rstd, *seen_by = ctx.saved_tensors
         dqkv, dq_weight, dk_weight = _bwd(
-            d_o, qkv, q_weight, k_weight, o, lse, rstd, ctx.scale, ctx.impl
+            d_o, qkv, q_weight, k_weight, o, lse, rstd, seen_by, ctx.pairs, ctx.scale, ctx.impl
         )
         return (
             dqkv,
             None if q_weight is None else dq_weight.to(q_weight.dtype),
             None if k_weight is None else dk_weight.to(k_weight.dtype),
-            None,
-            None,
-            None,
+            *(None,) * (len(ctx.needs_input_grad) - 3),
         )
 
 
@@ -158,12 +186,13 @@ def _bwd_fake(
 
 
 _fwd = dispatch.define(
-    "spatiotemporal_attention_fwd(Tensor qkv, Tensor? q_weight, Tensor? k_weight, float scale, "
-    "float eps, str impl) -> (Tensor, Tensor, Tensor)",
+    "spatiotemporal_attention_fwd(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor[] lists, "
+    "SymInt pairs, float scale, float eps, str impl) -> (Tensor, Tensor, Tensor)",
     _fwd_fake,
 )
 _bwd = dispatch.define(
     "spatiotemporal_attention_bwd(Tensor d_o, Tensor qkv, Tensor? q_weight, Tensor? k_weight, "
-    "Tensor o, Tensor lse, Tensor rstd, float scale, str impl) -> (Tensor, Tensor, Tensor)",
+    "Tensor o, Tensor lse, Tensor rstd, Tensor[] lists, SymInt pairs, float scale, str impl) "
+    "-> (Tensor, Tensor, Tensor)",
     _bwd_fake,
 )

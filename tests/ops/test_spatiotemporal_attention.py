@@ -20,9 +20,26 @@ def native(**inputs):
     return k.spatiotemporal_attention(**inputs, impl="native")
 
 
-def reference(qkv, q_weight=None, k_weight=None, scale=None, eps=1e-6):
+def reference(qkv, q_weight=None, k_weight=None, scale=None, eps=1e-6, blocks=None):
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    return op.reference(qkv, q_weight, k_weight, scale, eps)
+    return op.reference(qkv, q_weight, k_weight, scale, eps, blocks)
+
+
+def patterns(cls_token):
+    return {
+        "frame": k.per_frame((3, 5, 7), cls_token=cls_token),
+        "tube": k.per_tube((9, 2, 4), cls_token=cls_token),
+        "window": k.spacetime_window((4, 5, 7), 1, 1, cls_token=cls_token),
+        "frames": k.spacetime_window((5, 4, 8), 1, cls_token=cls_token),
+        "visible": k.per_frame((4, 1, 52), cls_token=cls_token),
+    }
+
+
+PATTERNS = [(name, cls_token) for name in patterns(False) for cls_token in (False, True)]
+
+
+def with_blocks(f, blocks):
+    return lambda **inputs: f(**inputs, blocks=blocks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,6 +58,36 @@ def test_matches_float64_at_real_shapes(shape, dtype):
 def test_without_norm(isa, dtype):
     inputs = bench.inputs((2, 70, 3, 24), dtype)
     check(native, reference, {"qkv": inputs["qkv"]}, ["qkv"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "cls_token"), PATTERNS)
+def test_patterns_match_float64(isa, name, cls_token, dtype):
+    blocks = patterns(cls_token)[name]
+    inputs = bench.inputs((2, blocks.num_queries, 3, 24), dtype)
+    check(with_blocks(native, blocks), with_blocks(reference, blocks), inputs, WRT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_patterns_without_norm(dtype):
+    blocks = patterns(True)["window"]
+    inputs = {"qkv": bench.inputs((2, blocks.num_queries, 2, 64), dtype)["qkv"]}
+    check(with_blocks(native, blocks), with_blocks(reference, blocks), inputs, ["qkv"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 88])
+def test_a_pattern_at_a_real_shape(head_dim, dtype):
+    blocks = k.spacetime_window((8, 16, 16), 1, 4, cls_token=True)
+    inputs = bench.inputs((1, 2049, 1, head_dim), dtype)
+    check(with_blocks(native, blocks), with_blocks(reference, blocks), inputs, WRT)
+
+
+def test_a_list_of_everything_is_no_list():
+    inputs = bench.inputs((2, 150, 2, 32), torch.float32)
+    results = run(with_blocks(native, k.all_blocks(150, 48)), inputs, WRT)
+    for name, value in run(native, inputs, WRT).items():
+        torch.testing.assert_close(results[name], value, atol=1e-5, rtol=1e-4)
 
 
 def test_outlier_channels_and_scales():
@@ -116,11 +163,42 @@ def test_threads_do_not_change_a_bit(isa, dtype):
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit_of_a_pattern(dtype):
+    blocks = k.spacetime_window((8, 10, 14), 2, cls_token=True)
+    inputs = bench.inputs((1, 1121, 1, 24), dtype)
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        results.append(run(with_blocks(native, blocks), inputs, WRT))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_opcheck_compile_and_checkpoint_of_a_pattern():
+    blocks = k.per_frame((2, 2, 3), cls_token=True)
+    inputs = bench.inputs((2, 13, 2, 16), torch.float32)
+    utils = ("test_schema", "test_faketensor")
+    pairs = blocks.pairs
+    args = (*inputs.values(), [blocks.q_blocks, blocks.runs], pairs, 0.3, 1e-6, "native")
+    torch.library.opcheck(op._fwd, args, test_utils=utils)
+    o, lse, rstd = op._fwd(*args)
+    saved = (torch.randn(o.shape), *inputs.values(), o, lse, rstd)
+    args = (*saved, [blocks.k_blocks, blocks.runs], pairs, 0.3, "native")
+    torch.library.opcheck(op._bwd, args, test_utils=utils)
+    f = with_blocks(native, blocks)
+    expected = run(f, inputs, WRT)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for g in (compiled, lambda **i: checkpoint(f, **i, use_reentrant=False)):
+        got = run(g, inputs, WRT)
+        assert all(torch.equal(expected[name], got[name]) for name in got)
+
+
 def test_opcheck_compile_and_checkpoint():
     inputs = bench.inputs((2, 9, 2, 16), torch.float32)
     for args in (inputs, {"qkv": inputs["qkv"]}):
         wrt = list(args)
-        ordered = (*args.values(), *(None,) * (3 - len(args)), 0.3, 1e-6, "native")
+        ordered = (*args.values(), *(None,) * (3 - len(args)), [], 0, 0.3, 1e-6, "native")
         torch.library.opcheck(op._fwd, ordered, test_utils="test_schema")
         torch.library.opcheck(op._fwd, ordered, test_utils="test_faketensor")
         expected = run(native, args, wrt)
@@ -149,5 +227,7 @@ def test_errors():
         k.spatiotemporal_attention(qkv, None, weight)
     with pytest.raises(ValueError, match=r"k_weight must be \[16\], got \[8\]"):
         k.spatiotemporal_attention(qkv, weight, weight[:8])
+    with pytest.raises(ValueError, match="blocks must be of 5 tokens, got 6 queries and 6 keys"):
+        k.spatiotemporal_attention(qkv, blocks=k.per_frame((2, 1, 3)))
     with pytest.raises(RuntimeError, match="implementation native cannot run"):
         k.spatiotemporal_attention(qkv.double(), impl="native")
