@@ -336,6 +336,24 @@ struct PatchEmbedBwd {
   int64_t threads;
 };
 
+// Pairs of channels of a head, at most.
+static constexpr int64_t kRopePairs = 256;
+
+struct Rope3dFwd {
+  const void* x;       // [B, first + N, heads, head_dim] dtype, a head contiguous
+  void* y;             // the same, contiguous
+  const int32_t* ids;  // [B, N], or null: all of the grid in order
+  const float* cos;    // [grid_t, pairs_t], then [grid_h, pairs_h], then [grid_w, pairs_w]
+  const float* sin;    // the same
+  int64_t batch, tokens, first;  // tokens is first + N
+  int64_t heads, head_dim;
+  int64_t grid_t, grid_h, grid_w;
+  int64_t pairs_t, pairs_h, pairs_w;  // add up to head_dim / 2
+  int64_t x_batch, x_token, x_head;   // strides in elements
+  int64_t dtype;
+  int64_t threads;
+};
+
 struct GatherTokensFwd {
   const void* x;       // [B or 1, N, C] x_dtype, rows contiguous
   const int32_t* ids;  // [B, keep]
@@ -435,6 +453,7 @@ struct AttentionPoolBwd {
   K(patch_embed_bwd, PatchEmbedBwd)                                    \
   K(gather_tokens_fwd, GatherTokensFwd)                                \
   K(gather_tokens_bwd, GatherTokensBwd)                                \
+  K(rope3d_fwd, Rope3dFwd)                                             \
   K(resized_crop_normalize_fwd, ResizedCropNormalizeFwd)
 
 // One table of kernels per instruction set; isa.cpp fills them and cpu::table() is the one in use.

@@ -27,6 +27,7 @@ from iv2kernels.ops.masks import attention_guided_mask, random_mask, tube_mask
 from iv2kernels.ops.mlp import mlp
 from iv2kernels.ops.patch_embed import IMAGENET_MEAN, IMAGENET_STD, patch_embed
 from iv2kernels.ops.resized_crop_normalize import resized_crop_normalize
+from iv2kernels.ops.rope3d import Rope3d, rope3d
 from iv2kernels.ops.siglip_loss import siglip_loss
 from iv2kernels.ops.spatiotemporal_attention import spatiotemporal_attention
 from iv2kernels.tuning import load as _load_tuned
@@ -38,6 +39,7 @@ __all__ = [
     "BlockMask",
     "Impl",
     "Packed",
+    "Rope3d",
     "add_rms_norm",
     "all_blocks",
     "attention",
@@ -57,6 +59,7 @@ __all__ = [
     "random_mask",
     "resized_crop_normalize",
     "rms_norm",
+    "rope3d",
     "set_isa",
     "siglip_loss",
     "spacetime_window",

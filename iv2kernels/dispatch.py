@@ -39,6 +39,7 @@ PREFER: dict[str, dict[str, tuple[Impl, ...]]] = {
     "mlp": {"cpu": ("native",)},
     "patch_embed": {"cpu": ("native",)},
     "gather_tokens": {"cpu": ("native",)},
+    "rope3d": {"cpu": ("native",)},
     "attention_pool": {"cpu": ("native",)},
     "distill_loss": {"cpu": ("native",)},
     "contrastive_loss": {"cpu": ("native",)},

@@ -11,7 +11,11 @@ from torch import Tensor
 from iv2kernels import dispatch
 from iv2kernels.dispatch import Function, Impl
 from iv2kernels.ops.add_rms_norm import reference as _norm
+from iv2kernels.ops.add_rms_norm import rms_norm
+from iv2kernels.ops.attention import attention
 from iv2kernels.ops.attention_blocks import BlockMask
+from iv2kernels.ops.rope3d import Rope3d, rope3d
+from iv2kernels.ops.rope3d import reference as rotate
 
 
 def spatiotemporal_attention(
@@ -22,6 +26,7 @@ def spatiotemporal_attention(
     scale: float | None = None,
     eps: float = 1e-6,
     blocks: BlockMask | None = None,
+    rope: Rope3d | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
     """Attend among the tokens of a clip, with q and k normalised over the full width.
@@ -30,6 +35,7 @@ def spatiotemporal_attention(
 
         q, k, v = qkv.unbind(2)
         q, k = rms_norm(q.flatten(2), q_weight), rms_norm(k.flatten(2), k_weight)
+        q, k = rope3d(q, rope), rope3d(k, rope)         # where rope is given
         s = scale * q kᵀ                                # per head; -inf where ~blocks.dense()
         o = softmax(s) v
 
@@ -56,6 +62,8 @@ def spatiotemporal_attention(
         eps: Added to the mean square of the norms.
         blocks: Lists of the key blocks that a query block sees, of N queries and keys; time goes
             with its density. None: all see all.
+        rope: Rotary embedding of q and k after their norm. A rotated q no longer is one factor a
+            token times qkv, so that the norms, ``rope3d`` and ``attention`` then run one by one.
         impl: Implementation; None lets dispatch choose.
 
     Returns:
@@ -63,7 +71,7 @@ def spatiotemporal_attention(
 
     Raises:
         ValueError: qkv is not [B, N, 3, heads, head_dim], or a weight is not [C] or given alone;
-            blocks is of another number of tokens.
+            blocks or rope is of another number of tokens.
         TypeError: qkv is not floating point.
 
     Saves qkv, o, lse and two float32 per token for backward, which writes the gradient of qkv in
@@ -83,7 +91,15 @@ def spatiotemporal_attention(
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     name = dispatch.choose("spatiotemporal_attention", qkv, impl)
     if name == "reference":
-        return reference(qkv, q_weight, k_weight, scale, eps, blocks)
+        return reference(qkv, q_weight, k_weight, scale, eps, blocks, rope)
+    if rope is not None:
+        q, k, v = qkv.unbind(2)
+        if q_weight is not None and k_weight is not None:
+            q = rms_norm(q.flatten(2), q_weight, eps=eps, impl=name).view(q.shape)
+            k = rms_norm(k.flatten(2), k_weight, eps=eps, impl=name).view(k.shape)
+        q, k = rope3d(q, rope, impl=name), rope3d(k, rope, impl=name)
+        rotated = attention(q, k, v, scale=scale, blocks=blocks, impl=name)
+        return rotated.flatten(2)  # type: ignore[union-attr]
     lists = [] if blocks is None else [blocks.q_blocks, blocks.k_blocks, blocks.runs]
     pairs = 0 if blocks is None else blocks.pairs
     o, *_ = _SpatiotemporalAttention.apply(qkv, q_weight, k_weight, pairs, scale, eps, name, *lists)
@@ -97,12 +113,15 @@ def reference(
     scale: float,
     eps: float,
     blocks: BlockMask | None = None,
+    rope: Rope3d | None = None,
 ) -> Tensor:
     """The definition."""
     q, k, v = qkv.unbind(2)
     if q_weight is not None and k_weight is not None:
         q = _norm(q.flatten(2), None, q_weight, None, None, eps)[0].view_as(q)
         k = _norm(k.flatten(2), None, k_weight, None, None, eps)[0].view_as(k)
+    if rope is not None:
+        q, k = rotate(q, rope), rotate(k, rope)
     seen = None if blocks is None else blocks.dense().to(q.device)
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen, scale=scale

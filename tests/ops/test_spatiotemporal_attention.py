@@ -20,9 +20,9 @@ def native(**inputs):
     return k.spatiotemporal_attention(**inputs, impl="native")
 
 
-def reference(qkv, q_weight=None, k_weight=None, scale=None, eps=1e-6, blocks=None):
+def reference(qkv, q_weight=None, k_weight=None, scale=None, eps=1e-6, **options):
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    return op.reference(qkv, q_weight, k_weight, scale, eps, blocks)
+    return op.reference(qkv, q_weight, k_weight, scale, eps, **options)
 
 
 def patterns(cls_token):
@@ -81,6 +81,24 @@ def test_a_pattern_at_a_real_shape(head_dim, dtype):
     blocks = k.spacetime_window((8, 16, 16), 1, 4, cls_token=True)
     inputs = bench.inputs((1, 2049, 1, head_dim), dtype)
     check(with_blocks(native, blocks), with_blocks(reference, blocks), inputs, WRT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rotary(isa, dtype, norm, sparse):
+    grid = (4, 5, 7)
+    options = {"rope": k.Rope3d(grid, cls_token=True)}
+    if sparse:
+        options["blocks"] = k.per_frame(grid, cls_token=True)
+    inputs = bench.inputs((2, 141, 2, 32), dtype)
+    inputs = inputs if norm else {"qkv": inputs["qkv"]}
+    check(
+        lambda **i: native(**i, **options),
+        lambda **i: reference(**i, **options),
+        inputs,
+        list(inputs),
+    )
 
 
 def test_a_list_of_everything_is_no_list():
