@@ -18,6 +18,9 @@ class CMakeBuild(build_ext):
         # A kept cache would point at the cmake, ninja and Python of an isolated build that is gone.
         shutil.rmtree(build, ignore_errors=True)
         build.mkdir(parents=True)
+        # What an interrupted build of a wheel leaves would stop the next one.
+        for stale in (Path(__file__).resolve().parent / "build").glob("bdist.*"):
+            shutil.rmtree(stale, ignore_errors=True)
         configure = [
             "cmake",
             f"-S{Path(__file__).resolve().parent}",

@@ -1,16 +1,19 @@
-"""`python -m bench [op ...]`: every op's implementations against eager PyTorch, at real shapes.
+"""`python -m bench [op ...]`: every op against eager PyTorch, its torch.compile and libraries.
 
-An implementation whose result is wrong on the input is not timed (tests/compare.py is the rule).
+All candidates of a case take turns in one process. An implementation whose result is wrong is not
+timed (tests/compare.py is the rule). A goal that is missed is printed as missed.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib
+import json
 import math
+import platform
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,149 +21,199 @@ from typing import Any
 import torch
 import tyro
 
-import iv2kernels
-from iv2kernels import dispatch
-from iv2kernels.timing import interleaved, median_ratio
-
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
-from compare import assert_as_accurate, run
-
-OPS = sorted(p.stem for p in (Path(__file__).parent / "ops").glob("*.py") if p.stem != "__init__")
-COLUMNS = ("op", "impl", "shape", "dtype", "forward_ms", "both_ms", "x_eager", "x_eager_both")
+from bench import base, plot
+from bench.cases import Case, accuracy, candidates, cases
+from bench.measure import floor_seconds, peak_memory, peaks, spread, times_of
+from iv2kernels import _C, dispatch
+from iv2kernels.timing import median_ratio
 
 
 @dataclass
 class Options:
-    """Time the ops against eager PyTorch."""
+    """Time the ops against eager PyTorch, its torch.compile, and the strongest library call."""
 
     # Ops to time; none: all.
     ops: tyro.conf.Positional[tuple[str, ...]] = ()
-    # dtypes
+    # float32, bfloat16, float16
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    # Seconds spent on each row.
+    # Instruction sets of our kernels; none: the widest; all: every one that this machine runs.
+    isas: tuple[str, ...] = ()
+    # Time torch.compile of the reference too; compiling takes seconds for each case.
+    compile: bool = True
+    # Seconds spent on each case, at least.
     seconds: float = 1.0
-    # Write the table as CSV too.
+    # Compare with the kernels of another commit instead: both in turn, each in its own process.
+    base: str | None = None
+    # Write everything as JSON.
+    json: Path | None = None
+    # Write the table as CSV.
     csv: Path | None = None
+    # Folder for charts (PNG).
+    plot: Path | None = None
 
 
-def peaks(seconds: float = 0.3) -> dict[str, float]:
-    """What this machine reaches now: GEMM GFLOP/s by dtype, and GB/s of a copy."""
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(1536, 1536).to(dtype), torch.randn(1536, 1536).to(dtype)
-        best = min(interleaved({"gemm": lambda a=a, b=b: a @ b}, seconds)["gemm"])
-        found[str(dtype).removeprefix("torch.")] = 2 * 1536**3 / best / 1e9
-    x = torch.randn(16 << 20)
-    y = torch.empty_like(x)
-    best = min(interleaved({"copy": lambda: y.copy_(x)}, seconds)["copy"])
-    found["copy"] = 2 * x.nbytes / best / 1e9
-    return found
-
-
-def candidates(op: str, dtype: torch.dtype) -> list[str]:
-    """Implementations of an op that run here, the reference first."""
-    known = dispatch.available(op, "cpu", dtype)
-    return ["reference", *(n for n in ("native", "torch") if known[n] == "yes")]
-
-
-def calls(
-    op: Callable[..., Any], inputs: dict[str, Any], wrt: tuple[str, ...], impl: str
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The forward pass, and forward with backward, of one implementation."""
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return op(**inputs, impl=impl)
-
-    if not wrt:
-        return forward, forward
-    leaves = {
-        n: v.detach().requires_grad_(n in wrt)
-        if torch.is_tensor(v) and v.is_floating_point()
-        else v
-        for n, v in inputs.items()
+def machine() -> dict[str, Any]:
+    """What the numbers hold for."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
+    asked = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "cpu": cpu,
+        "isas": _C.available_isas(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": asked.stdout.strip() or None,
+        "peaks": peaks(),
     }
 
-    def both() -> Any:
-        out = op(**leaves, impl=impl)
-        outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
-        return torch.autograd.grad(
-            outs, [leaves[n] for n in wrt], [torch.ones_like(o) for o in outs]
-        )
 
-    return forward, both
+def measure(case: Case, isas: Sequence[str], options: Options, peak: dict[str, float]) -> list[Any]:
+    """A row for each candidate of a case."""
+    calls, rows, wrong = candidates(case, isas, compiled=options.compile), [], []
+    error = {}
+    for name in [n for n in calls if n not in ("compile", "library")]:
+        error[name], why = accuracy(case, calls[name])
+        if why is not None:
+            wrong.append({**_head(case, name), "wrong": why})
+            del calls[name]
+    forward, both = times_of(calls, options.seconds)
+    flops, size = case.work()
+    floor = floor_seconds((flops, size), case.dtype, peak)
+    memory = {name: peak_memory(call.both) for name, call in calls.items()}
+    for name, call in calls.items():
+        seconds = statistics.median(forward[name])
+        row = {
+            **_head(case, name),
+            "forward_ms": 1e3 * seconds,
+            "forward_spread": spread(forward[name]),
+            "both_ms": 1e3 * statistics.median(both[name]) if call.has_backward else None,
+            "both_spread": spread(both[name]) if call.has_backward else None,
+            "gflops": flops / seconds / 1e9,
+            "gbs": size / seconds / 1e9,
+            "peak_percent": 100 * floor / seconds,
+            "memory_mb": memory[name],
+            "memory_less": memory["eager"] / memory[name] if memory[name] else math.inf,
+            "error": error.get(name),
+        }
+        for other in ("eager", "compile", "library"):
+            if other in calls:
+                row[f"x_{other}"] = median_ratio(forward[other], forward[name])
+                row[f"x_{other}_both"] = median_ratio(both[other], both[name])
+        row["goals"] = _judged(case, name, row)
+        rows.append(row)
+    return rows + wrong
 
 
-def is_right(
-    op: Callable[..., Any], inputs: dict[str, Any], wrt: tuple[str, ...], impl: str
-) -> bool:
-    """Whether the implementation passes the accuracy rule on this input."""
-    got = run(lambda **i: op(**i, impl=impl), inputs, wrt)
-    eager = run(lambda **i: op(**i, impl="reference"), inputs, wrt)
-    exact = inputs | {"dtype": torch.float64} if "dtype" in inputs else inputs
-    truth = run(lambda **i: op(**i, impl="reference"), exact, wrt, torch.float64)
+def _head(case: Case, name: str) -> dict[str, Any]:
+    return {
+        "op": case.op,
+        "shape": "x".join(str(n).replace(" ", "") for n in case.shape),
+        "dtype": case.dtype,
+        "candidate": name,
+    }
+
+
+def _judged(case: Case, name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The goals of the case, for the candidate that dispatch would take."""
+    chosen = dispatch.default(
+        getattr(case.page, "STEM", case.op), "cpu", getattr(torch, case.dtype)
+    )
+    widest = f"native {_C.available_isas()[-1]}"
+    if name != (widest if chosen == "native" else chosen):
+        return []
+    return [
+        {"column": c, "least": least, "value": row[c], "met": row[c] >= least}
+        for c, least in case.goals().items()
+        if c in row
+    ]
+
+
+SHOWN = ("forward_ms", "both_ms", "peak_percent", "memory_mb", "error")
+
+
+def show(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    head = f"{row['op']:24s} {row['shape']:24.24s} {row['dtype']:9s} {row['candidate']:19s}"
+    if "wrong" in row:
+        return f"{head} WRONG, not timed: {row['wrong']}"
+    cells = [f"{row[c]:9.3g}" if row[c] is not None else f"{'-':>9s}" for c in SHOWN]
+    ratios = [
+        f"{row[f'x_{other}']:5.2f}/{row[f'x_{other}_both']:5.2f}"
+        if f"x_{other}" in row
+        else " " * 11
+        for other in ("eager", "compile", "library")
+    ]
+    goals = [
+        f"{g['column']} >= {g['least']:g} {'met' if g['met'] else 'MISSED'}" for g in row["goals"]
+    ]
+    return f"{head} {' '.join(cells)}  {'  '.join(ratios)}  {'; '.join(goals)}".rstrip()
+
+
+def geometric_mean(rows: list[dict[str, Any]]) -> float | None:
+    """Of x_eager_both of the candidates that dispatch would take."""
+    widest = f"native {_C.available_isas()[-1]}"
+    ours = [r["x_eager_both"] for r in rows if r["candidate"] == widest and "wrong" not in r]
+    return math.exp(statistics.mean(map(math.log, ours))) if ours else None
+
+
+def run_all(options: Options, peak: dict[str, float]) -> Iterator[dict[str, Any]]:
+    known = _C.available_isas()
+    isas = known if options.isas == ("all",) else options.isas or known[-1:]
+    for isa in isas:
+        if isa not in known:
+            raise ValueError(f"bench: isa must be one of {', '.join(known)} or all, got {isa}")
+    before = _C.isa()
     try:
-        for name, value in got.items():
-            if value.is_floating_point():
-                assert_as_accurate(name, value, eager[name], truth[name])
-    except AssertionError as error:
-        print(f"{impl} is wrong and not timed: {error}")
-        return False
-    return True
-
-
-def rows(options: Options) -> Iterator[dict[str, Any]]:
-    """One row per op, shape, dtype and implementation."""
-    for stem in options.ops or OPS:
-        if stem not in OPS:
-            raise ValueError(f"bench: op must be one of {', '.join(OPS)}, got {stem}")
-        page = importlib.import_module(f"bench.ops.{stem}")
-        op = getattr(iv2kernels, getattr(page, "OP", stem))
-        for dtype_name in getattr(page, "DTYPES", options.dtypes):
-            dtype = getattr(torch, dtype_name)
-            for shape in page.SHAPES:
-                inputs, wrt = page.inputs(shape, dtype), tuple(page.WRT)
-                names = [
-                    n
-                    for n in candidates(stem, dtype)
-                    if n == "reference" or is_right(op, inputs, wrt, n)
-                ]
-                pairs = {n: calls(op, inputs, wrt, n) for n in names}
-                forward = interleaved({n: p[0] for n, p in pairs.items()}, options.seconds / 2)
-                both = interleaved({n: p[1] for n, p in pairs.items()}, options.seconds)
-                for name in names:
-                    yield {
-                        "op": stem,
-                        "impl": name,
-                        "shape": "x".join(map(str, shape)),
-                        "dtype": dtype_name,
-                        "forward_ms": statistics.median(forward[name]) * 1e3,
-                        "both_ms": statistics.median(both[name]) * 1e3,
-                        "x_eager": median_ratio(forward["reference"], forward[name]),
-                        "x_eager_both": median_ratio(both["reference"], both[name]),
-                    }
+        for case in cases(options.ops, options.dtypes):
+            yield from measure(case, isas, options, peak)
+    finally:
+        dispatch.set_isa(before)
 
 
 def main(options: Options) -> None:
     """Print the table, and its geometric mean last."""
-    found = ", ".join(f"{name} {value:.0f}" for name, value in peaks().items())
-    print(f"{torch.get_num_threads()} threads; measured GFLOP/s and GB/s: {found}")
-    print("  ".join(f"{c:>14s}" for c in COLUMNS))
-    table = []
-    for row in rows(options):
-        table.append(row)
-        cells = (f"{v:14.3f}" if isinstance(v, float) else f"{v:>14s}" for v in row.values())
-        print("  ".join(cells), flush=True)
-    ours = [row["x_eager_both"] for row in table if row["impl"] != "reference"]
-    if ours:
-        print(
-            f"geometric mean of x_eager_both: {math.exp(statistics.mean(map(math.log, ours))):.2f}"
-        )
+    list(cases(options.ops, options.dtypes))  # names are checked before anything is timed
+    if options.base is not None:
+        base.compare(options.base, options.ops, options.dtypes, options.seconds)
+        return
+    about = machine()
+    found = ", ".join(f"{name} {value:.0f}" for name, value in about["peaks"].items())
+    print(f"{about['cpu']}, {about['threads']} threads; measured GFLOP/s and GB/s: {found}")
+    print(
+        f"{'op':24s} {'shape':24s} {'dtype':9s} {'candidate':19s} "
+        + " ".join(f"{c:>9.9s}" for c in ("fwd ms", "both ms", "% peak", "MB", "error"))
+        + "  x eager      x compile    x library (forward/both)"
+    )
+    rows = []
+    for row in run_all(options, about["peaks"]):
+        rows.append(row)
+        print(show(row), flush=True)
+    mean = geometric_mean(rows)
+    goals = [g for row in rows for g in row.get("goals", [])]
+    if mean is not None:
+        print(f"goals met: {sum(g['met'] for g in goals)} of {len(goals)}")
+        print(f"geometric mean of x eager, forward and backward: {mean:.2f}")
+    if options.json:
+        content = {"machine": about, "rows": rows, "geometric_mean": mean}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.csv:
+        columns = dict.fromkeys(c for row in rows for c in row)
         with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, list(columns))
             writer.writeheader()
-            writer.writerows(table)
+            writer.writerows(rows)
+    if options.plot:
+        options.plot.mkdir(parents=True, exist_ok=True)
+        plot.write(rows, options.plot)
 
 
 if __name__ == "__main__":

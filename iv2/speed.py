@@ -13,6 +13,7 @@ import iv2kernels
 from iv2.config import Stage1Config
 from iv2.models.teachers import Teacher, TeacherOutput
 from iv2.models.vision import VISION, VisionEncoder
+from iv2.models.vision_config import VisionConfig
 from iv2.optim import AdamW, parameter_groups
 from iv2.stages.stage1 import Stage1, fit_decoders
 from iv2kernels.timing import interleaved, median_ratio
@@ -40,7 +41,15 @@ class Step:
     Both groups of decoders are there: 6 layers to InternVL's 3200 and 4 to VideoMAEv2's 1408.
     """
 
-    def __init__(self, size: str, batch: int, dtype: torch.dtype, *, frames: int = 8) -> None:
+    def __init__(
+        self,
+        size: str,
+        batch: int,
+        dtype: torch.dtype,
+        *,
+        frames: int = 8,
+        model: VisionConfig | None = None,  # another shape than VISION[size]
+    ) -> None:
         torch.manual_seed(0)
         tokens = frames * 256
         rows = [torch.randn(batch, 1 + tokens, 3200).to(dtype) for _ in range(6)]
@@ -50,7 +59,7 @@ class Step:
         rows = [torch.randn(batch, tokens, 1408).to(dtype) for _ in range(4)]
         second = TeacherOutput(rows, None, None, None, False)
         teachers = (_FixedTeacher(first, 1, 768, dtype), _FixedTeacher(second, 2, 0, dtype))
-        student = VisionEncoder(fit_decoders(VISION[size], *teachers)).to(dtype)
+        student = VisionEncoder(fit_decoders(model or VISION[size], *teachers)).to(dtype)
         self.stage = Stage1(student, Stage1Config(), *teachers)
         self.optimizer = AdamW(
             parameter_groups(

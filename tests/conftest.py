@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ import iv2kernels
 from iv2kernels import _C
 
 ISAS = _C.available_isas()
+
+# `make sanitize` must not pass on a build that checks nothing.
+if _expected := os.environ.get("IV2_TEST_BUILD"):
+    assert Path(_C.__file__).is_relative_to(Path(_expected).resolve()), _C.__file__
 
 # The same examples in every run: a failure is of the change, not of luck.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

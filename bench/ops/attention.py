@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # (B, N, heads, head_dim): stage-1 students S and 1B, then all tokens of a clip; strided qkv views
 SHAPES = [(4, 417, 6, 64), (2, 417, 16, 88), (1, 2049, 6, 64), (1, 2049, 16, 88)]
@@ -24,3 +27,20 @@ def work(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[int, int
     batch, tokens, heads, head_dim = shape
     elements = batch * tokens * heads * head_dim
     return 4 * elements * tokens, 4 * elements * dtype.itemsize
+
+
+def library(shape: tuple[int, int, int, int]) -> Callable[..., Tensor]:
+    """PyTorch's own, on the same strided views."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+    return call
+
+
+def goals(shape: tuple, dtype: str) -> dict[str, float]:
+    """The least values of columns of the table."""
+    if dtype == "bfloat16":
+        return {"x_library": 3.5, "x_library_both": 2.0, "peak_percent": 55}
+    return {"x_library": 2.5 if shape[3] == 64 else 1.8}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # (B, T, side, patch, C, visible patches or None for all): stage-1 students S and 1B, a teacher
 SHAPES = [
@@ -39,3 +42,30 @@ def work(shape: tuple[int, int, int, int, int, int | None], dtype: torch.dtype) 
     depth = 3 * patch * patch
     elements = rows * (depth + 2 * width) + width * depth
     return 2 * rows * depth * width, elements * dtype.itemsize
+
+
+def library(shape: tuple[int, int, int, int, int, int | None]) -> Callable[..., Tensor]:
+    """conv3d of all tubelets, then the visible ones."""
+
+    def call(
+        video: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        pos_embed: Tensor,
+        cls_token: Tensor,
+        ids_keep: Tensor | None,
+    ) -> Tensor:
+        stride = weight.shape[2:]
+        x = F.conv3d(video, weight, bias, stride=tuple(stride)).flatten(2).transpose(1, 2)
+        x = x + pos_embed[1:]
+        first = (cls_token + pos_embed[0]).expand(len(x), 1, -1)
+        if ids_keep is not None:
+            x = x.gather(1, ids_keep.long()[..., None].expand(-1, -1, x.shape[2]))
+        return torch.cat([first, x], 1)
+
+    return call
+
+
+def goals(shape: tuple, dtype: str) -> dict[str, float]:
+    """The least values of columns of the table."""
+    return {} if shape[5] is None else {"x_library_both": 4.0}

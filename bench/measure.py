@@ -1,0 +1,73 @@
+"""What is measured of a case: time, memory, error, and what the machine can do at all."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.cases import Call
+from iv2kernels.timing import interleaved
+
+
+def peaks(seconds: float = 0.3) -> dict[str, float]:
+    """What this machine reaches now: GEMM GFLOP/s by dtype, and GB/s of a copy.
+
+    A float32 GEMM is timed through torch's matmul and through oneDNN, since MKL is soft on some
+    CPUs: the better one is the peak.
+    """
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(1536, 1536).to(dtype), torch.randn(1536, 1536).to(dtype)
+        gemms: dict[str, Callable[[], Any]] = {"matmul": lambda a=a, b=b: a @ b}
+        if torch.backends.mkldnn.is_available():
+            fused = torch.ops.mkldnn._linear_pointwise
+            gemms["oneDNN"] = partial(fused, a, b, None, "none", [], "")
+        times = interleaved(gemms, seconds)
+        best = min(min(row) for row in times.values())
+        found[str(dtype).removeprefix("torch.")] = 2 * 1536**3 / best / 1e9
+    x = torch.randn(16 << 20)
+    y = torch.empty_like(x)
+    best = min(interleaved({"copy": lambda: y.copy_(x)}, seconds)["copy"])
+    found["copy"] = 2 * x.nbytes / best / 1e9
+    return found
+
+
+def floor_seconds(work: tuple[int, int], dtype: str, machine: dict[str, float]) -> float:
+    """The least time for so many flops and bytes: the roofline of ``peaks``."""
+    flops, size = work
+    return max(flops / machine.get(dtype, machine["float32"]), size / machine["copy"]) / 1e9
+
+
+def spread(times: list[float]) -> float:
+    """The interquartile range over the median, in percent."""
+    if len(times) < 4:
+        return 0.0
+    low, median, high = statistics.quantiles(times, n=4)
+    return 100 * (high - low) / median
+
+
+def peak_memory(call: Callable[[], Any]) -> float:
+    """MB that a call holds at most beyond what it was given, by torch's allocations."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = call()
+    del kept
+    result = recorded.profiler.kineto_results
+    changes = [(e.start_ns(), e.nbytes()) for e in result.events() if e.name() == "[memory]"]
+    held = most = 0
+    for _, size in sorted(changes, key=lambda change: change[0]):
+        held += size
+        most = max(most, held)
+    return most / 1e6
+
+
+def times_of(calls: dict[str, Call], seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Seconds of each candidate, in turn: forward, and forward with backward."""
+    forward = interleaved({name: call.forward for name, call in calls.items()}, seconds / 2)
+    if not any(call.has_backward for call in calls.values()):
+        return forward, forward
+    return forward, interleaved({name: call.both for name, call in calls.items()}, seconds)
