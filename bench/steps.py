@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,7 @@ def build(name: str, dtype: torch.dtype) -> Callable[[], Any]:
     if name == "stage1-s":
         return speed.Step("s", 4, dtype)
     if name == "stage1-1b-slice":
-        # Decoders look at six layers from the last: two layers serve two of them.
-        model = replace(VISION["1b"], depth=2, clip_return_layer=2, mae_return_layer=2)
-        return speed.Step("1b", 2, dtype, model=model)
+        return speed.Step("1b", 2, dtype, depth=2)
     raise ValueError(f"bench.steps: step must be one of {', '.join(STEPS)}, got {name}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,6 @@ import iv2kernels
 from iv2.config import Stage1Config
 from iv2.models.teachers import Teacher, TeacherOutput
 from iv2.models.vision import VISION, VisionEncoder
-from iv2.models.vision_config import VisionConfig
 from iv2.optim import AdamW, parameter_groups
 from iv2.stages.stage1 import Stage1, fit_decoders
 from iv2kernels.timing import interleaved, median_ratio
@@ -38,7 +38,8 @@ class _FixedTeacher(Teacher):
 class Step:
     """Forward, backward and optimizer step of a stage-1 student, as published but for its size.
 
-    Both groups of decoders are there: 6 layers to InternVL's 3200 and 4 to VideoMAEv2's 1408.
+    Both groups of decoders are there: 6 layers to InternVL's 3200 and 4 to VideoMAEv2's 1408, or as
+    many as there are.
     """
 
     def __init__(
@@ -48,18 +49,20 @@ class Step:
         dtype: torch.dtype,
         *,
         frames: int = 8,
-        model: VisionConfig | None = None,  # another shape than VISION[size]
+        depth: int | None = None,  # other than that of the size
     ) -> None:
         torch.manual_seed(0)
         tokens = frames * 256
-        rows = [torch.randn(batch, 1 + tokens, 3200).to(dtype) for _ in range(6)]
+        model = VISION[size] if depth is None else replace(VISION[size], depth=depth)
+        layers = min(6, model.depth), min(4, model.depth)
+        rows = [torch.randn(batch, 1 + tokens, 3200).to(dtype) for _ in range(layers[0])]
         first = TeacherOutput(
             rows, torch.randn(batch, 768).to(dtype), torch.rand(batch, frames, 256), None, True
         )
-        rows = [torch.randn(batch, tokens, 1408).to(dtype) for _ in range(4)]
+        rows = [torch.randn(batch, tokens, 1408).to(dtype) for _ in range(layers[1])]
         second = TeacherOutput(rows, None, None, None, False)
         teachers = (_FixedTeacher(first, 1, 768, dtype), _FixedTeacher(second, 2, 0, dtype))
-        student = VisionEncoder(fit_decoders(model or VISION[size], *teachers)).to(dtype)
+        student = VisionEncoder(fit_decoders(model, *teachers)).to(dtype)
         self.stage = Stage1(student, Stage1Config(), *teachers)
         self.optimizer = AdamW(
             parameter_groups(

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import bench.__main__ as bench
+import iv2kernels as k
+from bench import steps
 from bench.cases import Call, Case, accuracy, candidates, cases
 from bench.measure import floor_seconds, peak_memory, spread
 from iv2kernels import _C
@@ -132,6 +134,19 @@ def test_a_call_without_gradients_is_forward_alone():
     call = Call(lambda x: x + 1, {"x": torch.ones(2)}, ())
     assert not call.has_backward
     assert torch.equal(call.both(), call.forward())
+
+
+def test_steps(monkeypatch):
+    def build(name, dtype):
+        x, weight = torch.randn(64, 32).to(dtype), torch.randn(16, 32).to(dtype)
+        return lambda: k.linear(x, weight)
+
+    monkeypatch.setattr(steps, "build", build)
+    row = steps.measure("stage1-s", "bfloat16", steps.Options(rounds=3), {"bfloat16": 100.0})
+    assert row["gflop"] == pytest.approx(2 * 64 * 32 * 16 / 1e9)
+    assert row["x_eager"] > 0
+    assert {g["column"] for g in row["goals"]} == {"x_eager", "floor_percent", "memory"}
+    assert "GEMM floor" in steps.show(row)
 
 
 def test_errors():

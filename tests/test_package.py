@@ -71,10 +71,8 @@ def test_installs_twice_from_a_clone_and_from_another_venv_and_from_the_sdist(tm
     tree = clone(tmp_path / "clone")
     first, second = environment(tmp_path / "first"), environment(tmp_path / "second")
     # An interrupted build of a wheel leaves this behind.
-    wheel = (
-        f"bdist.{sysconfig.get_platform()}/wheel/iv2-{importlib.metadata.version('iv2')}.dist-info"
-    )
-    (tree / "build" / wheel).mkdir(parents=True)
+    info = f"iv2-{importlib.metadata.version('iv2')}.dist-info"
+    (tree / "build" / f"bdist.{sysconfig.get_platform()}" / "wheel" / info).mkdir(parents=True)
     for python in (first, first, second):
         call(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", tree)
         assert str(python.parent.parent) in installed_file(python, tmp_path)
