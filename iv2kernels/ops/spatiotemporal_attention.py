@@ -15,6 +15,7 @@ from iv2kernels.ops.add_rms_norm import rms_norm
 from iv2kernels.ops.attention import attention
 from iv2kernels.ops.attention_blocks import BlockMask
 from iv2kernels.ops.rope3d import Rope3d, rope3d
+from iv2kernels.ops.rope3d import check as check_rope
 from iv2kernels.ops.rope3d import reference as rotate
 
 
@@ -71,7 +72,8 @@ def spatiotemporal_attention(
 
     Raises:
         ValueError: qkv is not [B, N, 3, heads, head_dim], or a weight is not [C] or given alone;
-            blocks or rope is of another number of tokens.
+            blocks or rope is of another number of tokens, ids of rope of another number of
+            samples; with rope, head_dim is odd, below 6 or above 512.
         TypeError: qkv is not floating point.
 
     Saves qkv, o, lse and two float32 per token for backward, which writes the gradient of qkv in
@@ -88,6 +90,8 @@ def spatiotemporal_attention(
             f"spatiotemporal_attention: blocks must be of {qkv.shape[1]} tokens, got "
             f"{blocks.num_queries} queries and {blocks.num_keys} keys"
         )
+    if rope is not None:
+        check_rope(qkv[:, :, 0], rope)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     name = dispatch.choose("spatiotemporal_attention", qkv, impl)
     if name == "reference":

@@ -249,3 +249,17 @@ def test_errors():
         k.spatiotemporal_attention(qkv, blocks=k.per_frame((2, 1, 3)))
     with pytest.raises(RuntimeError, match="implementation native cannot run"):
         k.spatiotemporal_attention(qkv.double(), impl="native")
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_rotary_errors(impl):
+    qkv = torch.randn(2, 5, 3, 2, 8)
+    for rope, message in (
+        (k.Rope3d((1, 1, 1)), "x must have the 1 tokens of rope, got 5"),
+        (k.Rope3d((1, 2, 3)), "x must have the 6 tokens of rope, got 5"),
+        (k.Rope3d((1, 1, 5), torch.arange(5)[None]), "ids must be of 2 samples like x, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            k.spatiotemporal_attention(qkv, rope=rope, impl=impl)
+    with pytest.raises(ValueError, match="with an even head_dim from 6 to 512"):
+        k.spatiotemporal_attention(qkv[..., :4], rope=k.Rope3d((1, 1, 5)), impl=impl)
