@@ -23,7 +23,7 @@ import tyro
 
 from bench import base, plot
 from bench.cases import Case, accuracy, candidates, cases
-from bench.measure import floor_seconds, peak_memory, peaks, spread, times_of
+from bench.measure import best, floor_seconds, peak_memory, peaks, spread, times_of
 from iv2kernels import _C, dispatch
 from iv2kernels.timing import median_ratio
 
@@ -72,11 +72,10 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": asked.stdout.strip() or None,
-        "peaks": peaks(),
     }
 
 
-def measure(case: Case, isas: Sequence[str], options: Options, peak: dict[str, float]) -> list[Any]:
+def measure(case: Case, isas: Sequence[str], options: Options) -> list[Any]:
     """A row for each candidate of a case."""
     calls, rows, wrong = candidates(case, isas, compiled=options.compile), [], []
     error = {}
@@ -85,7 +84,9 @@ def measure(case: Case, isas: Sequence[str], options: Options, peak: dict[str, f
         if why is not None:
             wrong.append({**_head(case, name), "wrong": why})
             del calls[name]
+    before = peaks()
     forward, both = times_of(calls, options.seconds)
+    peak = best(before, peaks())
     flops, size = case.work()
     floor = floor_seconds((flops, size), case.dtype, peak)
     memory = {name: peak_memory(call.both) for name, call in calls.items()}
@@ -100,6 +101,7 @@ def measure(case: Case, isas: Sequence[str], options: Options, peak: dict[str, f
             "gflops": flops / seconds / 1e9,
             "gbs": size / seconds / 1e9,
             "peak_percent": 100 * floor / seconds,
+            "peaks": peak,
             "memory_mb": memory[name],
             "memory_less": memory["eager"] / memory[name] if memory[name] else math.inf,
             "error": error.get(name),
@@ -165,7 +167,7 @@ def geometric_mean(rows: list[dict[str, Any]]) -> float | None:
     return math.exp(statistics.mean(map(math.log, ours))) if ours else None
 
 
-def run_all(options: Options, peak: dict[str, float]) -> Iterator[dict[str, Any]]:
+def run_all(options: Options) -> Iterator[dict[str, Any]]:
     known = _C.available_isas()
     isas = known if options.isas == ("all",) else options.isas or known[-1:]
     for isa in isas:
@@ -174,7 +176,7 @@ def run_all(options: Options, peak: dict[str, float]) -> Iterator[dict[str, Any]
     before = _C.isa()
     try:
         for case in cases(options.ops, options.dtypes):
-            yield from measure(case, isas, options, peak)
+            yield from measure(case, isas, options)
     finally:
         dispatch.set_isa(before)
 
@@ -186,17 +188,20 @@ def main(options: Options) -> None:
         base.compare(options.base, options.ops, options.dtypes, options.seconds)
         return
     about = machine()
-    found = ", ".join(f"{name} {value:.0f}" for name, value in about["peaks"].items())
-    print(f"{about['cpu']}, {about['threads']} threads; measured GFLOP/s and GB/s: {found}")
+    print(f"{about['cpu']}, {about['threads']} threads")
     print(
         f"{'op':24s} {'shape':24s} {'dtype':9s} {'candidate':19s} "
         + " ".join(f"{c:>9.9s}" for c in ("fwd ms", "both ms", "% peak", "MB", "error"))
         + "  x eager      x compile    x library (forward/both)"
     )
     rows = []
-    for row in run_all(options, about["peaks"]):
+    for row in run_all(options):
         rows.append(row)
         print(show(row), flush=True)
+    measured = [row["peaks"] for row in rows if "peaks" in row]
+    about["peaks"] = best(*measured) if measured else {}
+    found = ", ".join(f"{name} {value:.0f}" for name, value in about["peaks"].items())
+    print(f"best GFLOP/s and GB/s measured meanwhile: {found}")
     mean = geometric_mean(rows)
     goals = [g for row in rows for g in row.get("goals", [])]
     if mean is not None:
@@ -208,7 +213,8 @@ def main(options: Options) -> None:
     if options.csv:
         columns = dict.fromkeys(c for row in rows for c in row)
         with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(columns))
+            columns.pop("peaks", None)
+            writer = csv.DictWriter(file, list(columns), extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
     if options.plot:

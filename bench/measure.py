@@ -14,8 +14,11 @@ from bench.cases import Call
 from iv2kernels.timing import interleaved
 
 
-def peaks(seconds: float = 0.3) -> dict[str, float]:
+def peaks(seconds: float = 0.1) -> dict[str, float]:
     """What this machine reaches now: GEMM GFLOP/s by dtype, and GB/s of a copy.
+
+    Taken before and after each case, since machines are shared and clocks move; ``best`` of the two
+    is what the case is held against.
 
     A float32 GEMM is timed through torch's matmul and through oneDNN, since MKL is soft on some
     CPUs: the better one is the peak.
@@ -28,13 +31,18 @@ def peaks(seconds: float = 0.3) -> dict[str, float]:
             fused = torch.ops.mkldnn._linear_pointwise
             gemms["oneDNN"] = partial(fused, a, b, None, "none", [], "")
         times = interleaved(gemms, seconds)
-        best = min(min(row) for row in times.values())
-        found[str(dtype).removeprefix("torch.")] = 2 * 1536**3 / best / 1e9
+        least = min(min(row) for row in times.values())
+        found[str(dtype).removeprefix("torch.")] = 2 * 1536**3 / least / 1e9
     x = torch.randn(16 << 20)
     y = torch.empty_like(x)
-    best = min(interleaved({"copy": lambda: y.copy_(x)}, seconds)["copy"])
-    found["copy"] = 2 * x.nbytes / best / 1e9
+    least = min(interleaved({"copy": lambda: y.copy_(x)}, seconds)["copy"])
+    found["copy"] = 2 * x.nbytes / least / 1e9
     return found
+
+
+def best(*measured: dict[str, float]) -> dict[str, float]:
+    """The highest of each rate."""
+    return {name: max(m[name] for m in measured) for name in measured[0]}
 
 
 def floor_seconds(work: tuple[int, int], dtype: str, machine: dict[str, float]) -> float:

@@ -142,11 +142,15 @@ def test_steps(monkeypatch):
         return lambda: k.linear(x, weight)
 
     monkeypatch.setattr(steps, "build", build)
-    row = steps.measure("stage1-s", "bfloat16", steps.Options(rounds=3), {"bfloat16": 100.0})
+    rates = iter([{"bfloat16": 90.0}, {"bfloat16": 100.0}])
+    monkeypatch.setattr(steps, "peaks", lambda: next(rates))
+    row = steps.measure("stage1-s", "bfloat16", steps.Options(rounds=3))
     assert row["gflop"] == pytest.approx(2 * 64 * 32 * 16 / 1e9)
     assert row["x_eager"] > 0
     assert {g["column"] for g in row["goals"]} == {"x_eager", "floor_percent", "memory"}
-    assert "GEMM floor" in steps.show(row)
+    seconds = 2e-9 * 64 * 32 * 16 / 100
+    assert row["floor_percent"] == pytest.approx(100 * seconds / row["ours_s"])
+    assert "of the floor at 100 GFLOP/s" in steps.show(row)
 
 
 def test_errors():

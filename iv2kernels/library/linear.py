@@ -1,10 +1,10 @@
-"""linear on the fastest GEMM that torch has for each product, and float16 through float32.
+"""linear on the GEMM that torch has for each product, and float16 through float32.
 
-torch sends float32 to MKL, which is soft on AMD machines; oneDNN is reached through torch's private
-``mkldnn._linear_pointwise``. Where that op is absent (another torch, another machine) torch's own
-choice stays. Measured on Zen 4, one core, GFLOP/s at 1668 rows, MKL / oneDNN: float32 forward
-100 / 104 (384 to 1152), 73 / 87 (1408 to 6144); dx 95 / 105, 78 / 91; dW 98 / 75, 82 / 81. bfloat16
-is oneDNN's either way, through this op with less around it: 1-10 % forward, nothing backward.
+torch sends float32 to MKL and bfloat16 to oneDNN, and so do we: bfloat16 through torch's private
+``mkldnn._linear_pointwise``, which has less around it (1-15 % with a bias); where that op is absent
+(another torch, another machine) torch's own choice stays. oneDNN takes float32 too, 5-10 % faster
+than MKL on a Zen 4, 60 % with a vocabulary of columns, but its long chains of additions round two
+to three times more (relative 1.0e-6 against 4e-7), which linear must not and a loss may.
 """
 
 from __future__ import annotations
@@ -37,26 +37,20 @@ WIDEN = {torch.float16} if not _ONEDNN[torch.float16] else set()
 _LEAST_FLOPS = 1 << 21
 
 
-def matmul_t(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` for x [..., K] and weight [N, K]."""
+def matmul_t(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, long_chains: bool = False
+) -> Tensor:
+    """``x @ weight.T + bias`` for x [..., K] and weight [N, K].
+
+    long_chains: float32 may go to oneDNN.
+    """
     if x.dtype in WIDEN:
         wide_bias = None if bias is None else bias.float()
         return matmul_t(x.float(), weight.float(), wide_bias).to(x.dtype)
-    if not _ONEDNN.get(x.dtype, False) or 2 * x.numel() * weight.shape[0] < _LEAST_FLOPS:
+    onednn = _ONEDNN.get(x.dtype, False) and (long_chains or x.dtype != torch.float32)
+    if not onednn or 2 * x.numel() * weight.shape[0] < _LEAST_FLOPS:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
-
-
-def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
-    """``dy @ weight`` for dy [M, N] and weight [N, K]."""
-    if dy.dtype == torch.float32:
-        return matmul_t(dy, weight.t())
-    return matmul(dy, weight)
-
-
-def grad_weight(dy: Tensor, x: Tensor) -> Tensor:
-    """``dy.T @ x`` for dy [M, N] and x [M, K]."""
-    return matmul(dy.t(), x)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -81,7 +75,7 @@ def linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients dy W, dyᵀ x and Σ dy; the ones not needed are empty."""
     dy2, x2 = as_rows(dy), as_rows(x)
-    dx = grad_input(dy2, weight).view(x.shape) if needs[0] else x.new_empty(0)
-    dweight = grad_weight(dy2, x2) if needs[1] else x.new_empty(0)
+    dx = matmul(dy2, weight).view(x.shape) if needs[0] else x.new_empty(0)
+    dweight = matmul(dy2.t(), x2) if needs[1] else x.new_empty(0)
     dbias = dy2.sum(0) if needs[2] else x.new_empty(0)
     return dx, dweight, dbias

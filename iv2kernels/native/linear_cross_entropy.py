@@ -2,7 +2,8 @@
 
 Chunks of rows go through logits, the kernel, dx and dweight one after the other. dweight is float32
 from the first chunk to the last: float32 GEMMs add to it in place; bfloat16 ones, whose result is
-bfloat16, fill a slice of the vocabulary at a time, which is then added. float16 goes through
+bfloat16, fill a slice of the vocabulary at a time, which is then added. Few bfloat16 rows are one
+chunk, and dweight is then bfloat16, which takes no more memory. float16 goes through
 float32, slice by slice, where the machine has no float16 GEMM.
 """
 
@@ -17,18 +18,21 @@ from torch import Tensor
 from iv2kernels import _C
 from iv2kernels.library.linear import WIDEN, matmul_t
 from iv2kernels.native.memory import DTYPE, ptr
+from iv2kernels.ops.linear_cross_entropy import dweight_dtype
 
 # Bytes of a chunk of logits, and its fewest rows: a GEMM of fewer is bound by reading the weight.
 _CHUNK_BYTES, _LEAST_ROWS = 14 << 20, 64
 # Bytes of a float32 slice of the weight or of its gradient.
 _SLICE_BYTES = 4 << 20
+# Elements of a gradient that are scaled at a time.
+_SCALED = 1 << 17
 
 
 @dataclass
 class _Problem:
     weight: Tensor  # [V, C]
     bias: Tensor | None  # [V]
-    dweight: Tensor  # [V, C] float32, or empty
+    dweight: Tensor  # [V, C] float32, of x's dtype when there is one chunk, or empty
     dbias: Tensor  # [V] float32, or empty
     label_smoothing: float
     scale: float
@@ -79,10 +83,12 @@ def _chunk(
     first: bool,
 ) -> Tensor:
     """The losses and gradients of some rows; dx is returned."""
-    logits = matmul_t(x, problem.weight, problem.bias)
+    logits = matmul_t(x, problem.weight, problem.bias, long_chains=True)
     _softmax(problem, logits, target, losses)
     if problem.needs[1] and x.dtype == torch.float32:
         problem.dweight.addmm_(logits.t(), x, beta=0 if first else 1)
+    elif problem.needs[1] and problem.dweight.dtype == x.dtype:
+        torch.mm(logits.t(), x, out=problem.dweight)
     elif problem.needs[1]:
         for part in problem.slices():
             grad = torch.mm(logits[:, part].t(), x)
@@ -128,13 +134,19 @@ def linear_cross_entropy_fwd(
     ids = None if rows == len(target) else keep.nonzero().squeeze(1)
     target = (target if ids is None else target[ids]).contiguous()
     _check_target(target, weight.shape[0], ignore_index)
+    wide = x.dtype in WIDEN
+    row_bytes = max(weight.shape[0], 1) * (4 if wide else x.dtype.itemsize)
+    chunks = -(-rows // max(_CHUNK_BYTES // row_bytes, _LEAST_ROWS))
+    kept_in = dweight_dtype(x)
+    if needs[1] and kept_in == torch.bfloat16:
+        chunks = min(chunks, 1)
     # 1 / rows, times a power of two that the caller divides by, exactly: the logits' gradient
     # keeps the range of p - y
     power = 2.0 ** rows.bit_length() if mean else 1.0
     problem = _Problem(
         weight.contiguous(),
         bias,
-        torch.empty(weight.shape) if needs[1] else torch.empty(0),
+        torch.empty(weight.shape if needs[1] else 0, dtype=kept_in),
         torch.zeros(weight.shape[0] if needs[2] else 0),
         label_smoothing,
         power / rows if mean and rows else power,
@@ -145,9 +157,6 @@ def linear_cross_entropy_fwd(
     losses = torch.empty(rows, dtype=torch.float64)
     if rows == 0:
         problem.dweight.zero_()
-    wide = x.dtype in WIDEN
-    row_bytes = max(weight.shape[0], 1) * (4 if wide else x.dtype.itemsize)
-    chunks = -(-rows // max(_CHUNK_BYTES // row_bytes, _LEAST_ROWS))
     # oneDNN and MKL see float32 as it is, also under autocast
     with torch.autocast("cpu", enabled=False):
         for c in range(chunks):
@@ -168,6 +177,11 @@ def linear_cross_entropy_bwd(
     scale = float(dloss) * float(unit)
 
     def scaled(grad: Tensor) -> Tensor:
-        return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dx.dtype))
+        # a slice at a time: torch would scale a float32 copy of it all before it converts
+        out = torch.empty(grad.shape, dtype=dx.dtype)
+        parts = zip(grad.view(-1).split(_SCALED), out.view(-1).split(_SCALED), strict=True)
+        for part, to in parts:
+            torch.mul(part, scale, out=to)
+        return out
 
     return scaled(dx), scaled(dweight), scaled(dbias)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from iv2kernels import _C
-from iv2kernels.library.linear import as_rows, grad_input, grad_weight, matmul_t
+from iv2kernels.library.linear import as_rows, matmul, matmul_t
 from iv2kernels.native.memory import DTYPE, ptr
 
 
@@ -50,17 +50,17 @@ def mlp_bwd(
     if needs[4]:
         grads[4] = dy.sum(0)
     if any(needs[:4]):
-        dz = grad_input(dy, fc2_weight)  # of gelu(z) at first
+        dz = matmul(dy, fc2_weight)  # of gelu(z) at first
         a = torch.empty_like(z) if needs[3] else None
         dbias1 = _gelu_bwd(z, a, dz, approximate)
         if needs[0]:
-            grads[0] = grad_input(dz, fc1_weight).view(x.shape)
+            grads[0] = matmul(dz, fc1_weight).view(x.shape)
         if needs[1]:
-            grads[1] = grad_weight(dz, rows)
+            grads[1] = matmul(dz.t(), rows)
         if needs[2]:
             grads[2] = dbias1.to(x.dtype)
         if a is not None:
-            grads[3] = grad_weight(dy, a)
+            grads[3] = matmul(dy.t(), a)
     return tuple(grads)
 
 

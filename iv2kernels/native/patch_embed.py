@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from iv2kernels import _C
-from iv2kernels.library.linear import grad_input, grad_weight, matmul_t
+from iv2kernels.library.linear import matmul, matmul_t
 from iv2kernels.native.gather_tokens import checked_ids, scatter_add
 from iv2kernels.native.memory import DTYPE, contiguous, floats, ptr
 from iv2kernels.ops.patch_embed import grid_of, normalize
@@ -162,7 +162,7 @@ def patch_embed_bwd(
 def _weight_grad(dy: Tensor, patches: Tensor) -> Tensor:
     """``dy.T @ patches``; in float32 as a sum of short products, which rounds less."""
     if dy.dtype != torch.float32 or len(dy) <= _SHORT:
-        return grad_weight(dy, patches)
+        return matmul(dy.t(), patches)
     total = torch.zeros(dy.shape[1], patches.shape[1])
     for rows, tubelets in zip(dy.split(_SHORT), patches.split(_SHORT), strict=True):
         total.addmm_(rows.t(), tubelets)
@@ -201,7 +201,7 @@ def _video_grad(
     frames, rows, columns = grid_of(video, weight)
     dtype = _gemm_dtype(weight.dtype)
     flat = weight.reshape(dim, 3 * t * p * p).to(dtype)
-    dpatches = grad_input(dy.view(-1, dim).to(dtype), flat).view(*dy.shape[:2], flat.shape[1])
+    dpatches = matmul(dy.view(-1, dim).to(dtype), flat).view(*dy.shape[:2], flat.shape[1])
     whole = torch.empty(batch, frames * rows * columns, flat.shape[1], dtype=dtype)
     scatter_add(dpatches[:, first:], ids, whole)
     # [B, T/t, H/p, W/p, 3, t, p, p] -> [B, 3, T/t, t, H/p, p, W/p, p]

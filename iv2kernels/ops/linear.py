@@ -24,8 +24,8 @@ def linear(
         x: float32, bfloat16, float16 (float64: reference). Under autocast all three are cast.
         weight: In x's dtype.
         bias: In x's dtype, or None.
-        impl: Implementation; None lets dispatch choose. ``torch`` is oneDNN's GEMM, which torch
-            leaves to MKL in float32; float16 goes through float32 on a CPU without such a GEMM.
+        impl: Implementation; None lets dispatch choose. ``torch`` is torch's GEMM with less around
+            it; float16 goes through float32 on a CPU without such a GEMM.
 
     Returns:
         [..., C_out] in x.dtype.

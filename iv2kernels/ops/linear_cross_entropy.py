@@ -164,6 +164,16 @@ class _LinearCrossEntropy(Function):
         return (*wanted, *(None,) * 6)
 
 
+def dweight_dtype(x: Tensor) -> torch.dtype:
+    """What the gradient of the weight is kept in until backward.
+
+    Chunks of rows add up in float32. The bfloat16 logits of no more rows than columns take no more
+    memory than a bfloat16 gradient saves, and are one chunk.
+    """
+    one = x.dtype == torch.bfloat16 and x.shape[0] <= x.shape[1]
+    return torch.bfloat16 if one else torch.float32
+
+
 def _fwd_fake(
     x: Tensor,
     weight: Tensor,
@@ -179,7 +189,7 @@ def _fwd_fake(
     return (
         loss,
         torch.empty(x.shape if needs[0] else (0,), dtype=x.dtype, device=x.device),
-        loss.new_empty(weight.shape if needs[1] else (0,)),
+        loss.new_empty(weight.shape if needs[1] else (0,), dtype=dweight_dtype(x)),
         loss.new_empty(weight.shape[0] if needs[2] else 0),
         torch.empty_like(loss),
     )

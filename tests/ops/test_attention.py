@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
+from bench.measure import peak_memory
 from bench.ops import attention as bench
 from iv2kernels import _C
 from iv2kernels.ops import attention as op
@@ -292,3 +293,30 @@ def test_errors_of_packed():
         packed([0, 7, 4, 10])
     with pytest.raises(ValueError, match="max_seqlen of cu_seqlens_q must be at least 6, got 5"):
         packed([0, 6, 10], 5)
+
+
+def test_extra_memory_is_packed_keys_and_values_of_one_head():
+    def extra(batch, tokens, heads):
+        x = torch.randn(1, tokens, 1, 16).bfloat16().expand(batch, tokens, heads, 16)
+        results = 2 * x.numel() + 4 * batch * heads * tokens
+        return 1e6 * peak_memory(lambda: k.attention(x, x, x, impl="native")) - results
+
+    threads = torch.get_num_threads()
+    # 2 * 16 words and 2 numbers of each key, and tiles
+    assert extra(1, 100_000, 1) < threads * (4 * 34 * 100_000 + 500_000)
+    assert extra(2, 2000, 4) == pytest.approx(extra(1, 2000, 1), rel=0.01)
+
+
+def test_offsets_beyond_int32(tmp_path):
+    """Elements 2^31 and more apart, in a file that is all hole."""
+    far = 2**31 + 64
+    inputs = random(torch.bfloat16, (2, 33, 2, 64), (2, 33, 2, 64))
+    native, _ = pair()
+    expected = run(native, inputs, WRT)
+    for name, x in list(inputs.items()):
+        storage = torch.from_file(
+            str(tmp_path / name), shared=True, size=far + x[0].numel(), dtype=x.dtype
+        )
+        inputs[name] = storage.as_strided(x.shape, (far, *x.stride()[1:])).copy_(x)
+    got = run(native, inputs, WRT)
+    assert all(torch.equal(expected[name], got[name]) for name in got)

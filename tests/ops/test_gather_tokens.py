@@ -148,3 +148,17 @@ def test_errors():
         k.gather_tokens(x, ids, add=x[:, 0])
     with pytest.raises(RuntimeError, match="native cannot run: native gather_tokens"):
         k.gather_tokens(x.double(), ids, impl="native")
+
+
+def test_offsets_beyond_int32(tmp_path):
+    """Samples 2^31 elements and more apart, in a file that is all hole."""
+    far = 2**31 + 40
+    inputs, wrt = example((3, 3, 17, 9, 40), torch.bfloat16)
+    expected = run(native, inputs, wrt)
+    x = inputs["x"]
+    storage = torch.from_file(
+        str(tmp_path / "x"), shared=True, size=2 * far + x[0].numel(), dtype=x.dtype
+    )
+    inputs["x"] = storage.as_strided(x.shape, (far, 40, 1)).copy_(x)
+    got = run(native, inputs, wrt)
+    assert all(torch.equal(expected[name], got[name]) for name in got)

@@ -95,9 +95,10 @@ def test_a_scaled_loss(dtype):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 5])
-def test_all_rows_ignored(rows, impl, reduction):
-    inputs = make((rows, 8, 11), torch.float32) | {"reduction": reduction}
+def test_all_rows_ignored(rows, dtype, impl, reduction):
+    inputs = make((rows, 8, 11), dtype) | {"reduction": reduction}
     inputs["target"].fill_(-100)
     results = run(lambda **i: k.linear_cross_entropy(**i, impl=impl), inputs, ALL)
     assert all((value == 0).all() for value in results.values())
@@ -155,8 +156,11 @@ def test_threads_do_not_change_a_bit(isa, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_opcheck_compile_and_checkpoint():
-    inputs = make((20, 16, 33), torch.float32, 0.2)
+# bfloat16 with no more rows than columns is one chunk
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [20, 12])
+def test_opcheck_compile_and_checkpoint(rows, dtype):
+    inputs = make((rows, 16, 33), dtype, 0.2)
     x, weight, target, bias = inputs.values()
     tests = ("test_schema", "test_faketensor")
     for needs in ([True] * 3, [False] * 3):
