@@ -60,6 +60,9 @@ def _checkout(rev: str, other: Path) -> None:
         return
     import pybind11
 
+    # cmake and ninja of this environment (the extra `bench`) before those of the system
+    own = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{own}{os.pathsep}{os.environ['PATH']}"}
     for command in (
         [
             *("cmake", "-S", ".", "-B", "build", "-GNinja"),
@@ -69,7 +72,9 @@ def _checkout(rev: str, other: Path) -> None:
         ],
         ["cmake", "--build", "build"],
     ):
-        done = subprocess.run(command, cwd=other, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=other, env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode != 0:
             raise ValueError(f"bench: base {rev} must build, got:\n{done.stdout}{done.stderr}")
 

@@ -98,13 +98,13 @@ struct DistillLossBwd {
 };
 
 // Losses over all pairs of a row of v and a row of t (contrastive_loss, siglip_loss), of logits
-// scale * v t^T + bias. Rows of equal labels match. v is taken in strips, t in blocks, and columns
-// of gradients in panels (pair_tiles.h).
+// scale * v t^T + bias: M rows of v, and N of t, the columns. Equal labels match. v is taken in
+// strips, t in blocks, and columns of gradients in panels (pair_tiles.h).
 static constexpr int64_t kPairStrip = 256, kPairBlock = 64, kPairPanel = 128;
 static constexpr int64_t pair_blocks(int64_t rows) { return (rows + kPairBlock - 1) / kPairBlock; }
 // Floats of scratch a strip needs, and a thread: packed rows, and tiles or what their rows got.
-static constexpr int64_t pair_strip_scratch(int64_t rows, int64_t dim, int64_t backward) {
-  const int64_t tiles = pair_blocks(rows) * (backward ? kPairBlock : 4);
+static constexpr int64_t pair_strip_scratch(int64_t columns, int64_t dim, int64_t backward) {
+  const int64_t tiles = pair_blocks(columns) * (backward ? kPairBlock : 4);
   return kPairStrip * (2 * ((dim + 15) / 16 * 16 + 16) + tiles);
 }
 static constexpr int64_t pair_tile_scratch(int64_t dim) {
@@ -112,37 +112,44 @@ static constexpr int64_t pair_tile_scratch(int64_t dim) {
 }
 
 struct PairLossFwd {
-  const void* v;                // [B, D] dtype
-  const void* t;                // [B, D] dtype
-  const float* labels;          // [B] whole numbers
-  const float* inverse_counts;  // [B] 1 / rows of the same label; null in siglip_loss
-  float* stats;  // [4, B]: maximum and inverse sum of e^(s - maximum), of rows and of columns;
-                 // null in siglip_loss
-  float* sums;   // [3, B] scratch: sums of positives, and how often a row's and a column's
-                 // maximum occurs; null with stats
-  float* loss;   // [1]
-  double* block_sums;  // [pair_blocks(B)] scratch, null with stats
-  float* strip;        // [pair_strip_scratch(B, D, 0)]
+  const void* v;               // [M, D] dtype
+  const void* t;               // [N, D] dtype
+  const float* labels;         // [M] whole numbers
+  const float* column_labels;  // [N] the same
+  // [M] 1 / rows of the same label; null in siglip_loss, and without loss
+  const float* inverse_counts;
+  // [2, M] of rows, then [2, N] of columns: maximum and inverse sum of e^(s - maximum). Without
+  // loss, the sum of the terms below the maximum. Null in siglip_loss
+  float* stats;
+  // [2, M] sums of positives, and how often a row's maximum occurs, then [N] a column's; null with
+  // stats
+  float* sums;
+  // [1], or null for a part of a larger loss, whose statistics are joined by the caller; else M = N
+  float* loss;
+  double* block_sums;  // [pair_blocks(N)] scratch, null with stats
+  float* strip;        // [pair_strip_scratch(N, D, 0)]
   float* tiles;        // [threads, pair_tile_scratch(D)]
-  int64_t rows, dim, dtype;
+  int64_t rows, columns, dim, dtype;
   double scale, bias;
   int64_t threads;
 };
 
-// dv and dt are rows of D rounded up to 16, of which the first D count.
+// dv and dt are rows of D rounded up to 16, of which the first D count. dloss is of a mean over M,
+// also where v and t are parts of a larger loss, whose statistics these are.
 struct PairLossBwd {
   const void* v;
   const void* t;
   const float* labels;
+  const float* column_labels;
   const float* inverse_counts;
   float* stats;        // as forward left them
-  float* dv;           // [B, D rounded up] or null
-  float* dt;           // [B, D rounded up] or null
+  float* dv;           // [M, D rounded up] or null
+  float* dt;           // [N, D rounded up] or null
   double* sums;        // [2]: the gradients of scale and of bias
-  double* block_sums;  // [pair_blocks(B), 2] scratch
-  float* strip;        // [pair_strip_scratch(B, D, 1)]
+  double* block_sums;  // [pair_blocks(N), 2] scratch
+  float* strip;        // [pair_strip_scratch(N, D, 1)]
   float* tiles;        // [threads, pair_tile_scratch(D)]
-  int64_t rows, dim, dtype;
+  int64_t rows, columns, dim, dtype;
   double scale, bias, dloss;
   int64_t threads;
 };

@@ -27,6 +27,10 @@ from iv2.models.positions import (
 PREFIXES = ("", "vision_encoder.", "encoder.", "student.", "visual.")
 # Wrappers around the weights (DeepSpeed, DDP, ours) and in front of each name (DDP, compile).
 _WRAPPERS = ("module", "model", "state_dict")
+_WEIGHT_NORM = {
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+}
 _NAME_WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -141,7 +145,14 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for wrapper in _NAME_WRAPPERS:
         if all(name.startswith(wrapper) for name in weights):
             weights = {name[len(wrapper) :]: t for name, t in weights.items()}
-    return weights
+    return {_plain_name(name): t for name, t in weights.items()}
+
+
+def _plain_name(name: str) -> str:
+    """Weight norm has other names where newer PyTorch saved it."""
+    for new, old in _WEIGHT_NORM.items():
+        name = name.replace(new, old)
+    return name
 
 
 def convert(

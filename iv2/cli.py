@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from json import dumps
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -21,7 +23,13 @@ def info(json: bool = False) -> None:
 
 
 def toyworld(
-    out: Path, num: int = 1000, seed: int = 0, size: int = 64, num_frames: int = 16
+    out: Path,
+    num: int = 1000,
+    seed: int = 0,
+    size: int = 64,
+    num_frames: int = 16,
+    scenes: int = 0,
+    speech: bool = False,
 ) -> None:
     """Write short videos of moving shapes, with sounds and captions, and their list.
 
@@ -31,6 +39,8 @@ def toyworld(
         seed: The same seed gives the same clips; take another one for held-out clips.
         size: Side of the frames in pixels.
         num_frames: Frames in a clip.
+        scenes: How many pictures the clips share, told apart by sound and word; 0: each its own.
+        speech: A voice says a word in each clip (pip install iv2[speech]).
     """
     import torch
 
@@ -38,7 +48,14 @@ def toyworld(
 
     print(
         write_toyworld(
-            out, num, seed, size=size, num_frames=num_frames, workers=torch.get_num_threads()
+            out,
+            num,
+            seed,
+            size=size,
+            num_frames=num_frames,
+            scenes=scenes,
+            speech=speech,
+            workers=torch.get_num_threads(),
         )
     )
 
@@ -57,7 +74,7 @@ def convert(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Pat
 
 
 def demo(out: Path = Path("runs/demo")) -> None:
-    """Train on the toy world and on real clips within ten minutes; writes OUT/index.html.
+    """Train stages 1 and 2 on the toy world and real clips; writes OUT/index.html.
 
     Args:
         out: Run folder; a second run continues where the first stopped.
@@ -68,10 +85,10 @@ def demo(out: Path = Path("runs/demo")) -> None:
 
 
 def learn(stage: int = 1, out: Path | None = None) -> None:
-    """The demo with the budget to reach its goals: stage 1 in at most 60 minutes on 2 cores.
+    """The demo with the budget to reach its goals: a stage in at most 60 minutes on 2 cores.
 
     Args:
-        stage: Which stage (1).
+        stage: Which stage (1 or 2).
         out: Run folder, runs/learn-stage<N> by default; a killed run continues.
     """
     from iv2.demo import LEARN, run
@@ -93,12 +110,168 @@ def _train(argv: Sequence[str]) -> None:
     run(config)
 
 
+def retrieval(
+    data: Path,
+    run: Path | None = None,
+    recipe: str = "",
+    weights: Path | None = None,
+    tokenizer: Path | None = None,
+    media: Literal["vision", "audio", "audio_video"] = "vision",
+    caption: Literal["visual", "audio", "speech", "av", "avs"] = "visual",
+    k: int = 128,
+    json: Path | None = None,
+) -> None:
+    """Zero-shot retrieval on a list: R@1/5/10 both ways by cosine, dual softmax and matching.
+
+    Args:
+        data: List of clips with captions.
+        run: Folder of a stage-2 run.
+        recipe: Instead of a run: the recipe whose towers the weights are for.
+        weights: A file to load, such as a published one.
+        tokenizer: Folder with the vocabulary; that of the run by default.
+        media: What is compared with the captions.
+        caption: Their kind.
+        k: How many are re-ranked by the matching head; 0: none.
+        json: Write the table as JSON.
+    """
+    from iv2.eval import retrieval as page
+    from iv2.stages.stage2 import load_stage2
+
+    loaded = load_stage2(run or "", recipe=recipe, weights=weights or "", tokenizer=tokenizer or "")
+    table = page.evaluate(*loaded, data, media, caption, k=k)
+    print(page.as_text(table))
+    if json:
+        json.write_text(dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def zero_shot(
+    data: Path,
+    attribute: str,
+    run: Path | None = None,
+    recipe: str = "",
+    weights: Path | None = None,
+    tokenizer: Path | None = None,
+    templates: tuple[str, ...] = ("a {}", "a video of a {}", "we see a {}"),
+    media: Literal["vision", "audio", "audio_video"] = "vision",
+) -> None:
+    """Zero-shot classification of a list: scores are cosines, averaged over sentences.
+
+    Args:
+        data: List of clips with attributes.
+        attribute: Which of them is the class.
+        run: Folder of a stage-2 run.
+        recipe: Instead of a run: the recipe whose towers the weights are for.
+        weights: A file to load, such as a published one.
+        tokenizer: Folder with the vocabulary; that of the run by default.
+        templates: Sentences with {} in the place of the class.
+        media: What is classified.
+    """
+    from iv2.eval.retrieval import evaluate_zero_shot
+    from iv2.stages.stage2 import load_stage2
+
+    loaded = load_stage2(run or "", recipe=recipe, weights=weights or "", tokenizer=tokenizer or "")
+    found = evaluate_zero_shot(*loaded, data, attribute, templates, media)
+    print(
+        f"{attribute}: {found['clips']} clips, {found['classes']} classes, "
+        f"top-1 {found['top1']:.1f} %, top-5 {found['top5']:.1f} %"
+    )
+
+
+EVALUATIONS: dict[str, Callable[..., None]] = {"retrieval": retrieval, "zero-shot": zero_shot}
+
+
+def _eval(argv: Sequence[str]) -> None:
+    if not argv or argv[0] not in EVALUATIONS:
+        given = argv[0] if argv else "nothing"
+        raise ValueError(f"eval: what must be one of {', '.join(EVALUATIONS)}, got {given}")
+    tyro.cli(EVALUATIONS[argv[0]], args=list(argv[1:]), prog=f"iv2 eval {argv[0]}")
+
+
+def embed(
+    source: tyro.conf.Positional[Path],
+    out: Path,
+    run: Path | None = None,
+    recipe: str = "",
+    weights: Path | None = None,
+    tokenizer: Path | None = None,
+    media: Literal["vision", "audio", "audio_video"] = "vision",
+    seconds: float = 10.0,
+) -> None:
+    """Embed a video, a folder of videos or a list, in segments; writes an index to search.
+
+    Args:
+        source: What to embed; videos that cannot be read are listed and left out.
+        out: The index (.safetensors).
+        run: Folder of a stage-2 run.
+        recipe: Instead of a run: the recipe whose towers the weights are for.
+        weights: A file to load, such as a published one.
+        tokenizer: Folder with the vocabulary; that of the run by default.
+        media: What is embedded.
+        seconds: Longest segment.
+    """
+    from iv2.serve.index import embed as embed_source
+    from iv2.stages.stage2 import load_stage2
+
+    stage, config = load_stage2(
+        run or "", recipe=recipe, weights=weights or "", tokenizer=tokenizer or ""
+    )
+    index = embed_source(stage, source, config.data.clip, seconds=seconds, media=media)
+    index.save(out)
+    print(f"{out}: {len(index.segments)} segments, {len(index.skipped)} videos skipped")
+    for path, reason in index.skipped.items():
+        print(f"  {path}: {reason}")
+
+
+def search(
+    query: tyro.conf.Positional[str],
+    index: Path,
+    run: Path | None = None,
+    recipe: str = "",
+    weights: Path | None = None,
+    tokenizer: Path | None = None,
+    top: int = 5,
+    sheet: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Search an index with a sentence: the best segments with their times, and a picture of them.
+
+    Args:
+        query: For example "a red triangle moving left".
+        index: Written by `iv2 embed`, with the same model.
+        run: Folder of a stage-2 run.
+        recipe: Instead of a run: the recipe whose towers the weights are for.
+        weights: A file to load, such as a published one.
+        tokenizer: Folder with the vocabulary; that of the run by default.
+        top: How many segments.
+        sheet: Write a contact sheet (PNG): four frames of each segment.
+        json: Print JSON instead of text.
+    """
+    from iv2.serve.index import Index, contact_sheet
+    from iv2.serve.index import search as search_index
+    from iv2.stages.stage2 import load_stage2
+
+    stage, _ = load_stage2(
+        run or "", recipe=recipe, weights=weights or "", tokenizer=tokenizer or ""
+    )
+    found = search_index(stage, Index.load(index), query, top)
+    if json:
+        print(dumps(found, indent=1))
+    else:
+        for row in found:
+            print(f"{row['score']:6.3f}  {row['start']:8.2f} - {row['end']:.2f} s  {row['path']}")
+    if sheet:
+        contact_sheet(query, found, sheet)
+
+
 COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "info": ("versions, instruction sets, decoders, the choice per op", info),
     "toyworld": ("write videos of moving shapes with sounds and captions", toyworld),
     "train": ("train a recipe: iv2 train stage1-tiny --data.path FOLDER", _train),
+    "eval": ("evaluate a stage-2 model on a list: iv2 eval retrieval, iv2 eval zero-shot", _eval),
+    "embed": ("embed a folder of videos: iv2 embed FOLDER --run RUN --out INDEX", embed),
+    "search": ('find segments: iv2 search "a red bar" --run RUN --index INDEX', search),
     "convert": ("rewrite a published checkpoint as safetensors", convert),
-    "demo": ("stage 1 on toy and real video in ten minutes, one HTML page", demo),
+    "demo": ("stages 1 and 2 on toy and real video in a quarter of an hour, one HTML page", demo),
     "learn": ("the demo with the budget to reach its goals", learn),
 }
 
@@ -121,8 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"iv2: command must be one of {', '.join(COMMANDS)}, got {name}")
     command = COMMANDS[name][1]
     try:
-        if name == "train":
-            _train(rest)
+        if name in ("train", "eval"):  # these read their first argument themselves
+            command(rest)
         else:
             tyro.cli(command, args=rest, prog=f"iv2 {name}")
     except (ValueError, TypeError, OSError, RuntimeError) as error:

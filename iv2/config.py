@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -11,9 +12,31 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from iv2.data.loader import ClipConfig
+from iv2.models.audio import AudioConfig
+from iv2.models.stage2 import Stage2ModelConfig
+from iv2.models.text import TextConfig
 from iv2.models.vision_config import VisionConfig
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of several lists of a run."""
+
+    # Folder of videos, or list of clips.
+    path: str = ""
+    # What the list is of; empty takes the rows' own kind.
+    kind: Literal["", "image", "video", "audio", "audio_video"] = ""
+    # How often it is taken, beside those of the others; 0: as often as it is long.
+    weight: float = 0.0
+    # Frames of a clip; 0: as data.clip says. Of an image it is always one.
+    num_frames: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "num_frames"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"SourceConfig: {name} must be >= 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -22,6 +45,10 @@ class DataConfig:
 
     # Folder of videos, or list of clips (.jsonl, .json, .csv).
     path: str = ""
+    # What the list of path is of; empty takes the rows' own kind.
+    kind: Literal["", "image", "video", "audio", "audio_video"] = ""
+    # Several lists instead of path; each step takes a batch of one of them.
+    sources: tuple[SourceConfig, ...] = ()
     # What is taken of each clip. Beside a video teacher of tubelets, a stage-1 student of single
     # frames gets every second one.
     clip: ClipConfig = field(default_factory=ClipConfig)
@@ -118,6 +145,75 @@ class Stage1Config:
 
 
 @dataclass(frozen=True)
+class Pairing:
+    """A kind of media, a kind of caption, and the weights of the losses between them."""
+
+    # What is looked at or listened to.
+    media: Literal["vision", "audio", "audio_video"] = "vision"
+    # What describes it.
+    caption: Literal["visual", "audio", "speech", "av", "avs"] = "visual"
+    # Weight of the contrastive loss.
+    vtc: float = 1.0
+    # Weight of the matching loss.
+    vtm: float = 1.0
+    # Weight of the masked-language loss.
+    mlm: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The losses' names begin with it."""
+        return f"{self.media}_{self.caption}"
+
+
+@dataclass(frozen=True)
+class Stage2Config:
+    """Contrastive, matching and masked-language learning."""
+
+    # What is learnt from; a batch trains the pairings whose media it has.
+    pairings: tuple[Pairing, ...] = (Pairing(),)
+    # Projections and temperature.
+    joint: Stage2ModelConfig = field(default_factory=Stage2ModelConfig)
+    # Folder with the vocabulary (vocab.txt, or tokenizer.json) of the text tower.
+    tokenizer: str = ""
+    # Weights to start the video tower from, such as those of stage 1; empty for fresh ones.
+    vision_init: str = ""
+    # Weights to start the text tower from: BERT's.
+    text_init: str = ""
+    # Weights to start the audio tower from: BEATs'.
+    audio_init: str = ""
+    # Longest caption, in tokens with [CLS] and [SEP].
+    max_tokens: int = 32
+    # Share of the patches of a video that are not seen in training.
+    mask_ratio: float = 0.8
+    # The same of an image.
+    image_mask_ratio: float = 0.5
+    # Probability of masking a token for the masked-language loss.
+    mlm_probability: float = 0.5
+    # Modules that are not trained, such as vision_encoder.
+    frozen: tuple[str, ...] = ()
+    # Rows that the contrastive loss compares: those of all ranks, gathered or sent around a ring,
+    # or each rank's own.
+    gather: Literal["gather", "ring", "local"] = "gather"
+    # exact: the gradient of the loss over all ranks; upstream: that of the released code, whose
+    # part of the features is 1 / ranks of it.
+    grad_mode: Literal["exact", "upstream"] = "exact"
+    # Neighbouring rows among which hard negatives are drawn; 0: all of a rank.
+    negatives_group: int = 0
+
+    def __post_init__(self) -> None:
+        names = [pairing.name for pairing in self.pairings]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"Stage2Config: pairings must be given once each, got {', '.join(names) or 'none'}"
+            )
+        for name in ("mask_ratio", "image_mask_ratio", "mlm_probability"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"Stage2Config: {name} must be in [0, 1), got {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Supervised classification."""
 
@@ -134,7 +230,7 @@ class TrainConfig:
     """A run."""
 
     # What is trained for.
-    stage: Literal["stage1", "finetune"] = "stage1"
+    stage: Literal["stage1", "stage2", "finetune"] = "stage1"
     # Folder of the run: config.json, log.jsonl, skipped.jsonl, checkpoints.
     run_dir: str = "runs/run"
     # Seed of weights, samples and masks.
@@ -155,6 +251,12 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     # Masked distillation.
     stage1: Stage1Config = field(default_factory=Stage1Config)
+    # The text tower of stage 2.
+    text: TextConfig = field(default_factory=TextConfig)
+    # The audio tower of stage 2; None has none.
+    audio: AudioConfig | None = None
+    # Contrastive, matching and masked-language learning.
+    stage2: Stage2Config = field(default_factory=Stage2Config)
     # Supervised classification.
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     # Steps between log lines.
@@ -177,10 +279,15 @@ FREE_FIELDS = frozenset(
         "save_every",
         "keep_checkpoints",
         "data.path",  # the loader compares the lists themselves
+        "data.sources.path",
         "data.num_workers",
         "data.cache_bytes",
         "data.max_bad_fraction",
         "init",
+        "stage2.vision_init",
+        "stage2.text_init",
+        "stage2.audio_init",
+        "stage2.tokenizer",
     }
 )
 
@@ -226,8 +333,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return tuple(_value(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(pairs))
     if origin is Literal and value in arguments:
         return value
-    if origin in (typing.Union, types.UnionType) and (value is None) <= (type(None) in arguments):
-        return value
+    if origin in (typing.Union, types.UnionType) and type(None) in arguments:
+        (inner,) = (kind for kind in arguments if kind is not type(None))
+        return None if value is None else _value(inner, value, where)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
@@ -268,7 +376,7 @@ def differences(config: TrainConfig, other: dict[str, Any]) -> list[str]:
     return [
         f"{name} {own.get(name)!r} (there {there.get(name)!r})"
         for name in sorted(own.keys() | there.keys())
-        if name not in FREE_FIELDS and own.get(name) != there.get(name)
+        if re.sub(r"\.\d+\.", ".", name) not in FREE_FIELDS and own.get(name) != there.get(name)
     ]
 
 
@@ -277,6 +385,8 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in content.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            flat |= _flat({str(i): item for i, item in enumerate(value)}, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

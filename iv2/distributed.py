@@ -58,7 +58,8 @@ class World:
         if self.size == 1:
             return stage
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(stage, device_ids=devices)
+        partial = not getattr(stage, "uses_all_parameters", True)
+        return DistributedDataParallel(stage, device_ids=devices, find_unused_parameters=partial)
 
 
 @contextmanager

@@ -139,6 +139,20 @@ def plot_features(
     return figure
 
 
+def plot_frames(title: str, rows: Sequence[tuple[str, NDArray[np.uint8]]]) -> Any:
+    """Frames [T, H, W, 3] of several videos, a row and a heading each."""
+    columns = max(len(frames) for _, frames in rows)
+    figure, axes = _subplots(len(rows), columns, figsize=(2 * columns, 1.9 * len(rows) + 0.5))
+    figure.suptitle(title)
+    for line, (heading, frames) in zip(axes, rows, strict=True):
+        for axis in line:
+            axis.axis("off")
+        for axis, frame in zip(line, frames, strict=False):
+            axis.imshow(frame)
+        line[0].set_title(heading, fontsize=8, loc="left")
+    return figure
+
+
 def plot_bars(groups: Mapping[str, Mapping[str, float]], chance: Mapping[str, float]) -> Any:
     """Accuracies: one cluster per attribute, one bar per encoder, chance as a line."""
     figure, axes = _subplots(1, 1, figsize=(8, 3.4))

@@ -26,9 +26,10 @@ from iv2.checkpoint import (
     save_training_checkpoint,
     save_weights,
 )
-from iv2.config import OptimConfig, TrainConfig, differences, to_dict, to_json
+from iv2.config import OptimConfig, SourceConfig, TrainConfig, differences, to_dict, to_json
 from iv2.data.clips import Sample, read_list
 from iv2.data.loader import Batches, VideoDataset
+from iv2.data.mixed import MixedBatches
 from iv2.distributed import World
 from iv2.distributed import world as join_world
 from iv2.models.vision import VisionEncoder
@@ -36,6 +37,7 @@ from iv2.optim import AdamW, Schedule, parameter_groups
 from iv2.run_folder import Log, Progress, checkpoints, latest_checkpoint, replace_text, step_of
 from iv2.stages.finetune import build_finetune, find_classes
 from iv2.stages.stage1 import build_stage1
+from iv2.stages.stage2 import Stage2, build_stage2
 
 __all__ = [
     "BatchSource",
@@ -71,8 +73,12 @@ class BatchSource(Protocol):
     """What the loop knows of the data: ``iv2.data.loader.Batches``."""
 
     batch_size: int
-    position: int
-    dataset: Any
+
+    @property
+    def position(self) -> int: ...
+
+    @property
+    def dataset(self) -> Any: ...
 
     def __next__(self) -> dict[str, Any]: ...
 
@@ -132,25 +138,61 @@ def run(config: TrainConfig) -> Result:
         FileNotFoundError: There is no such data.
     """
     with join_world(config.device) as world:
-        samples = read_list(config.data.path) if config.data.path else []
-        if not samples:
-            raise ValueError("train: data.path must be a folder of videos or a list, got nothing")
+        sources = _sources(config)
+        samples = [sample for source in sources for sample in source]
         torch.manual_seed(config.seed)  # the same weights in each process
         stage, config = build_stage(config, samples, world.device)
         if config.init and latest_checkpoint(config.run_dir) is None:
             load_checkpoint(stage.trained, config.init, allow_missing=config.init_allow_missing)
+        if isinstance(stage, Stage2) and latest_checkpoint(config.run_dir) is None:
+            stage.load_towers()
+            if world.is_main:  # the run's own, so that its folder can be moved
+                Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+                stage.tokenizer.save(config.run_dir)
         torch.manual_seed(config.seed + world.rank)
-        data = config.data
-        dataset = VideoDataset(samples, data.clip, seed=config.seed, cache_bytes=data.cache_bytes)
-        with Batches(
-            dataset,
+        with _batches(config, sources, world) as batches:
+            return train(stage, batches, config, world)
+
+
+def _sources(config: TrainConfig) -> list[list[Sample]]:
+    """The lists of a run, each of one kind.
+
+    Raises:
+        ValueError: There is none.
+    """
+    data = config.data
+    sources = data.sources or (SourceConfig(data.path, data.kind),)
+    if not all(source.path for source in sources):
+        raise ValueError("train: data.path must be a folder of videos or a list, got nothing")
+    return [read_list(source.path, source.kind) for source in sources]
+
+
+def _batches(
+    config: TrainConfig, sources: list[list[Sample]], world: World
+) -> Batches | MixedBatches:
+    data = config.data
+    described = data.sources or (SourceConfig(data.path, data.kind),)
+    parts = [
+        Batches(
+            VideoDataset(
+                samples,
+                replace(data.clip, num_frames=source.num_frames or data.clip.num_frames),
+                seed=config.seed,
+                cache_bytes=data.cache_bytes // len(sources),
+                name=source.path,
+            ),
             data.batch_size,
             rank=world.rank,
             world=world.size,
-            num_workers=data.num_workers,
+            num_workers=math.ceil(data.num_workers / len(sources)),
             max_bad_fraction=data.max_bad_fraction,
-        ) as batches:
-            return train(stage, batches, config, world)
+        )
+        for samples, source in zip(sources, described, strict=True)
+    ]
+    if not data.sources:
+        return parts[0]
+    weights = [s.weight or len(p.dataset) for s, p in zip(described, parts, strict=True)]
+    return MixedBatches(parts, weights, seed=config.seed)
 
 
 def build_stage(
@@ -166,6 +208,8 @@ def build_stage(
     if config.stage == "stage1":
         stage1 = build_stage1(config.model, config.stage1, device)
         return stage1, replace(config, model=stage1.student.config)
+    if config.stage == "stage2":
+        return build_stage2(config.model, config.text, config.audio, config.stage2, device), config
     classes = find_classes(samples, config.finetune.attributes)
     finetune = build_finetune(config.model, config.finetune, classes, device)
     if isinstance(finetune.model, VisionEncoder):

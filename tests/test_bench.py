@@ -11,7 +11,7 @@ import torch
 
 import bench.__main__ as bench
 import iv2kernels as k
-from bench import steps
+from bench import distributed, steps
 from bench.cases import Call, Case, accuracy, candidates, cases
 from bench.measure import floor_seconds, peak_memory, spread
 from iv2kernels import _C
@@ -177,3 +177,11 @@ def test_from_the_command_line():
         )
         assert done.returncode == 1
         assert text in done.stderr
+
+
+def test_ranks_are_timed_in_turns(tmp_path):
+    options = distributed.Options(rows=64, width=16, rounds=2, json=tmp_path / "rows.json")
+    distributed.main(options)
+    rows = json.loads(options.json.read_text())
+    assert [row["candidate"] for row in rows] == 2 * list(distributed.CANDIDATES)
+    assert all(row["ms"] > 0 and row["memory_mb"] > 0 for row in rows)

@@ -32,13 +32,14 @@ def inputs(shape: tuple[Any, ...], dtype: torch.dtype) -> dict[str, Any]:
     batch, tokens, heads, head_dim = shape[:4]
     width = heads * head_dim
     g = torch.Generator().manual_seed(0)
-    return {
+    found = {
         "qkv": torch.randn(batch, tokens, 3, heads, head_dim, generator=g).to(dtype),
         "q_weight": (1 + 0.1 * torch.randn(width, generator=g)).to(dtype),
         "k_weight": (1 + 0.1 * torch.randn(width, generator=g)).to(dtype),
-        "blocks": _blocks(shape),
-        "rope": Rope3d(GRID, cls_token=True) if shape[4:] == ("rope",) else None,
     }
+    if shape[4:] == ("rope",):
+        return {**found, "rope": Rope3d(GRID, cls_token=True)}
+    return {**found, "blocks": _blocks(shape)} if shape[4:] else found
 
 
 def work(shape: tuple[Any, ...], dtype: torch.dtype) -> tuple[int, int]:

@@ -18,11 +18,12 @@ constexpr float kInfinity = __builtin_inff();
 // Rows of PairLossFwd.stats and PairLossBwd.stats.
 struct Stats {
   float *row_max, *row_sum, *column_max, *column_sum;
-  Stats(float* stats, int64_t rows)
-      : row_max(stats),
-        row_sum(stats + rows),
-        column_max(stats + 2 * rows),
-        column_sum(stats + 3 * rows) {}
+  template <class Args>
+  explicit Stats(const Args& a)
+      : row_max(a.stats),
+        row_sum(a.stats + a.rows),
+        column_max(a.stats + 2 * a.rows),
+        column_sum(a.stats + 2 * a.rows + a.columns) {}
 };
 
 // PairLossFwd.sums.
@@ -90,7 +91,7 @@ void tile_sums(const PairLossFwd& a, const PairTile& tile, const RowParts& part,
     Vec positives = set(0);
     for_each_vec(tile.columns, [&](int64_t j, int64_t n) {
       const Vec s = load(g + j);
-      const Vec other = load_at(a.labels + tile.column, j, n);
+      const Vec other = load_at(a.column_labels + tile.column, j, n);
       row.add_terms(s, highest, n);
       positives = add(positives, keep_first(pick_same(label, other, s, set(0)), n));
       Terms column{load(column_ties + j), load(column_rest + j)};
@@ -107,8 +108,8 @@ void tile_sums(const PairLossFwd& a, const PairTile& tile, const RowParts& part,
 void tile_stats(const PairLossFwd& a, const PairTile& tile, const RowParts& part) {
   float tile_max[kBlock], tile_ties[kBlock], tile_rest[kBlock];
   tile_maxima(tile, Affine(a), part, tile_max);
-  float* column_max = Stats(a.stats, a.rows).column_max + tile.column;
-  float* column_rest = Stats(a.stats, a.rows).column_sum + tile.column;
+  float* column_max = Stats(a).column_max + tile.column;
+  float* column_rest = Stats(a).column_sum + tile.column;
   float* column_ties = Sums(a.sums, a.rows).column_ties + tile.column;
   for_each_vec(tile.columns, [&](int64_t j, int64_t n) {
     Terms before{set(0), set(0)};
@@ -130,9 +131,9 @@ void tile_stats(const PairLossFwd& a, const PairTile& tile, const RowParts& part
 
 // Joins what the rows of a strip got from all blocks.
 void join_blocks(const PairLossFwd& a, float* parts, int64_t row, int64_t rows) {
-  const Stats stats(a.stats, a.rows);
+  const Stats stats(a);
   const Sums sums(a.sums, a.rows);
-  const int64_t blocks = pair_blocks(a.rows);
+  const int64_t blocks = pair_blocks(a.columns);
   for_each_vec(rows, [&](int64_t r, int64_t n) {
     Vec highest = set(-kInfinity), positives = set(0);
     Terms all{set(0), set(0)};
@@ -161,7 +162,8 @@ void fwd(const PairLossFwd& a) {
       a, strip, false, nullptr,
       [&](const PairTile& tile) { tile_stats(a, tile, RowParts(parts, tile.block)); },
       [&](int64_t row, int64_t rows) { join_blocks(a, parts, row, rows); });
-  const Stats stats(a.stats, a.rows);
+  if (!a.loss) return;
+  const Stats stats(a);
   const Sums sums(a.sums, a.rows);
   double total = 0;
   for (int64_t i = 0; i < a.rows; ++i) {
@@ -195,7 +197,7 @@ void tile_gradients(const PairLossBwd& a, const Stats& stats, const PairTile& ti
       const Vec by_row = sub(s, row_max), by_column = sub(s, load_at(stats.column_max, at, n));
       const Vec p = mul(exp_or_nan(by_row), row_inverse);
       const Vec q = mul(exp_or_nan(by_column), load_at(stats.column_sum, at, n));
-      const Vec same = pick_same(label, load_at(a.labels, at, n), target, set(0));
+      const Vec same = pick_same(label, load_at(a.column_labels, at, n), target, set(0));
       const Vec dp = sub(p, same), dq = sub(q, same);
       total = add(total, keep_first(fma(dp, by_row, mul(dq, by_column)), n));
       store(g + j, mul(add(dp, dq), to_g));
@@ -212,7 +214,7 @@ void contrastive_loss_fwd(const PairLossFwd& a) {
 }
 
 void contrastive_loss_bwd(const PairLossBwd& a) {
-  const Stats stats(a.stats, a.rows);
+  const Stats stats(a);
   by_dtype(a.dtype, [&](auto type) {
     pair_gradients<decltype(type)>(
         a, [&](const PairTile& tile, double* sums) { tile_gradients(a, stats, tile, sums); });

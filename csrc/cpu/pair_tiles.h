@@ -103,8 +103,8 @@ void for_each_pair_tile(const Args& a, const PairStrip<Words, T>& strip, bool ba
   for (int64_t row = 0; row < a.rows; row += kStrip) {
     const int64_t rows = min_of(kStrip, a.rows - row);
     strip.pack(a, row, rows, backward);
-    parallel_for(pair_blocks(a.rows), a.threads, [&](int64_t block) {
-      const int64_t column = block * kBlock, columns = min_of(kBlock, a.rows - column);
+    parallel_for(pair_blocks(a.columns), a.threads, [&](int64_t block) {
+      const int64_t column = block * kBlock, columns = min_of(kBlock, a.columns - column);
       float* own = a.tiles + (thread_index() + 1) * pair_tile_scratch(a.dim) - kStrip * kBlock;
       const PairTile tile{g ? g + block * kStrip * kBlock : own, row, rows, column, columns, block};
       multiply_pairs(a, strip, tile);
@@ -122,8 +122,8 @@ void sum_row_gradients(const PairLossBwd& a, const float* g, int64_t row, int64_
     const int64_t at = task / panels * kBlock, first = task % panels * kPanel;
     const int64_t n = min_of(kBlock, rows - at), width = min_of(kPanel, a.dim - first);
     float* panel = a.tiles + thread_index() * pair_tile_scratch(a.dim);
-    for (int64_t block = 0; block < pair_blocks(a.rows); ++block) {
-      const int64_t column = block * kBlock, columns = min_of(kBlock, a.rows - column);
+    for (int64_t block = 0; block < pair_blocks(a.columns); ++block) {
+      const int64_t column = block * kBlock, columns = min_of(kBlock, a.columns - column);
       pack_rows<Fp32Words, T>(static_cast<const T*>(a.t) + column * a.dim + first, a.dim, columns,
                               columns, width, nullptr, nullptr, panel, kPanel + 16);
       multiply<Fp32Words>({g + block * kStrip * kBlock + at * kBlock, kBlock, panel, kPanel + 16,
@@ -140,7 +140,7 @@ void pair_gradients(const PairLossBwd& a, Gradients gradients) {
   using Words = typename WordsOf<T>::type;
   float* scratch = a.strip;
   const PairStrip<Words, T> strip(a, scratch);
-  const int64_t ld = grad_stride(a.dim), blocks = pair_blocks(a.rows);
+  const int64_t ld = grad_stride(a.dim), blocks = pair_blocks(a.columns);
   for (int64_t i = 0; i < 2 * blocks; ++i) a.block_sums[i] = 0;
   for_each_pair_tile(
       a, strip, a.dt != nullptr, scratch,

@@ -35,7 +35,7 @@ double tile_loss(const PairLossFwd& a, const PairTile& tile) {
     const Vec label = set(a.labels[tile.row + r]);
     Vec row = set(0);
     for_each_vec(tile.columns, [&](int64_t j, int64_t n) {
-      const Vec other = load_at(a.labels + tile.column, j, n);
+      const Vec other = load_at(a.column_labels + tile.column, j, n);
       const Vec y = mul(pick_same(label, other, set(-1), set(1)), affine(load(g + j)));
       const Vec softplus = add(max(set(0), y), log_1_plus(exp_minus_magnitude(y)));
       row = add(row, keep_first(softplus, n));
@@ -50,7 +50,7 @@ void fwd(const PairLossFwd& a) {
   using Words = typename WordsOf<T>::type;
   float* scratch = a.strip;
   const PairStrip<Words, T> strip(a, scratch);
-  const int64_t blocks = pair_blocks(a.rows);
+  const int64_t blocks = pair_blocks(a.columns);
   for (int64_t block = 0; block < blocks; ++block) a.block_sums[block] = 0;
   for_each_pair_tile(
       a, strip, false, nullptr,
@@ -72,7 +72,7 @@ void tile_gradients(const PairLossBwd& a, const PairTile& tile, double* sums) {
     const Vec label = set(a.labels[tile.row + r]);
     Vec by_g = set(0), plain = set(0);
     for_each_vec(tile.columns, [&](int64_t j, int64_t n) {
-      const Vec x = load(g + j), other = load_at(a.labels + tile.column, j, n);
+      const Vec x = load(g + j), other = load_at(a.column_labels + tile.column, j, n);
       const Vec sign = pick_same(label, other, set(-1), set(1)), y = mul(sign, affine(x));
       const Vec u = exp_minus_magnitude(y);
       const Vec sigmoid = div(pick_less(y, set(0), u, set(1)), add(u, set(1)));

@@ -8,7 +8,7 @@ the last frame, and its stage 2 never draws the last frame of an interval.
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,47 +30,74 @@ VIDEO_SUFFIXES = frozenset(
         ".wmv",
     )
 )
+IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+AUDIO_SUFFIXES = frozenset((".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav", ".wma"))
+
+MEDIA_KINDS = ("image", "video", "audio", "audio_video")
+# What a folder is searched for by kind; videos have sound too.
+_SUFFIXES = {
+    "image": ("images", IMAGE_SUFFIXES),
+    "video": ("videos", VIDEO_SUFFIXES),
+    "audio": ("sounds", AUDIO_SUFFIXES | VIDEO_SUFFIXES),
+    "audio_video": ("videos", VIDEO_SUFFIXES),
+}
+# What a caption tells of: what is seen, heard, said, seen and heard, or all three.
+CAPTION_KINDS = ("visual", "audio", "speech", "av", "avs")
 
 
 @dataclass(frozen=True)
 class Sample:
     """One clip of a list."""
 
-    path: str  # of the video file
+    path: str  # of the video, image or sound
     start: float | None = None  # seconds; None: from the beginning
     end: float | None = None  # seconds, exclusive; None: to the end
-    caption: str | None = None
+    captions: dict[str, str] = field(default_factory=dict)  # by kind, see CAPTION_KINDS
     label: int | None = None
     attributes: dict[str, Any] = field(default_factory=dict)  # `attributes` and unknown columns
+    kind: str = "video"  # of the media, see MEDIA_KINDS
+    id: str | None = None  # rows of one id, within a list, are the same to the contrastive loss
+
+    @property
+    def caption(self) -> str | None:
+        """What is seen."""
+        return self.captions.get("visual")
 
 
-def read_list(path: str | Path) -> list[Sample]:
-    """Read a folder of videos, or a list of clips.
+def read_list(path: str | Path, kind: str = "") -> list[Sample]:
+    """Read a folder of files, or a list of clips.
 
     Args:
         path: A folder (searched through, ordered by name), or a file: JSON lines (.jsonl), a JSON
             array of objects (.json), or a table with a header (.csv). Each row has `path`
             (relative to the folder of the list, or absolute) and optionally `start`, `end`
-            (seconds), `caption`, `label` (an integer) and `attributes` (an object). Further
-            columns are kept in the sample's `attributes`.
+            (seconds), `captions` (an object by kind: visual, audio, speech, av, avs) or `caption`
+            (a visual one), `label` (an integer), `kind` (image, video, audio, audio_video), `id`
+            and `attributes` (an object). Further columns are kept in the sample's `attributes`.
+        kind: What all of it is read as, and so which files of a folder are taken; empty: as the
+            rows say, and the videos of a folder.
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: no videos, another kind of file, or a row that cannot be used, with its line.
+        ValueError: no clips, another kind of file, or a row that cannot be used, with its line.
     """
+    if kind and kind not in MEDIA_KINDS:
+        raise ValueError(f"read_list: kind must be one of {', '.join(MEDIA_KINDS)}, got {kind!r}")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"read_list: path must be a folder or a list, got {path}")
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-        samples = [Sample(str(p)) for p in files if p.is_file()]
-        kind = f"a folder with videos ({', '.join(sorted(VIDEO_SUFFIXES))})"
+        kind = kind or "video"
+        contents, suffixes = _SUFFIXES[kind]
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+        samples = [Sample(str(p), kind=kind) for p in files if p.is_file()]
+        expected = f"a folder with {contents} ({', '.join(sorted(suffixes))})"
     else:
         samples = [_sample(path, place, row) for place, row in _rows(path)]
-        kind = "a list with at least one clip"
+        expected = "a list with at least one clip"
     if not samples:
-        raise ValueError(f"read_list: path must be {kind}, got {path}")
-    return samples
+        raise ValueError(f"read_list: path must be {expected}, got {path}")
+    return [replace(sample, kind=kind) for sample in samples] if kind else samples
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -117,15 +144,42 @@ def _sample(listing: Path, place: str, row: Any) -> Sample:
     start, end = _number(place, row, "start", float), _number(place, row, "end", float)
     if (start is not None and start < 0) or (end is not None and end <= (start or 0)):
         raise ValueError(f"{place}: 0 <= start < end must hold, got start {start} and end {end}")
-    caption = row.pop("caption", None)
-    if caption is not None and not isinstance(caption, str):
-        raise ValueError(f"{place}: caption must be a string, got {caption!r}")
+    captions = _captions(place, row)
+    kind, name = row.pop("kind", None) or "video", row.pop("id", None)
+    if kind not in MEDIA_KINDS:
+        raise ValueError(f"{place}: kind must be one of {', '.join(MEDIA_KINDS)}, got {kind!r}")
+    if name is not None and type(name) not in (str, int):
+        raise ValueError(f"{place}: id must be a string or an integer, got {name!r}")
     label = _number(place, row, "label", int)
     attributes = row.pop("attributes", None) or {}
     if not isinstance(attributes, dict):
         raise ValueError(f"{place}: attributes must be an object, got {attributes!r}")
     where = str(listing.parent / video)
-    return Sample(where, start, end, caption, label, {**attributes, **row})
+    return Sample(
+        where,
+        start,
+        end,
+        captions,
+        label,
+        {**attributes, **row},
+        kind,
+        None if name is None else str(name),
+    )
+
+
+def _captions(place: str, row: dict[str, Any]) -> dict[str, str]:
+    caption, captions = row.pop("caption", None), row.pop("captions", None) or {}
+    if caption is not None and not isinstance(caption, str):
+        raise ValueError(f"{place}: caption must be a string, got {caption!r}")
+    if not isinstance(captions, dict):
+        raise ValueError(f"{place}: captions must be an object by kind, got {captions!r}")
+    for kind, text in captions.items():
+        if kind not in CAPTION_KINDS or not isinstance(text, str):
+            raise ValueError(
+                f"{place}: captions must be strings by kind ({', '.join(CAPTION_KINDS)}), "
+                f"got {kind}: {text!r}"
+            )
+    return captions if caption is None else {"visual": caption, **captions}
 
 
 def _number(place: str, row: dict[str, Any], name: str, kind: type) -> Any:

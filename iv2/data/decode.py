@@ -349,9 +349,17 @@ def _pixels(
     return _upright(rgb.to_ndarray(), matrix)
 
 
+# Display matrices of 0, 90, 180 and 270 degrees counter-clockwise.
+_TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))
+
+
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
     """Signs (a, b, c, d): a coded point (x, y) is shown at (a x + c y, b x + d y)."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        # PyAV does not know the EXIF data of a photo; without the matrix, mirroring is not seen.
+        return _TURNS[round(frame.rotation / 90) % 4]
     if data is None:
         return 1, 0, 0, 1
     a, b, _, c, d = struct.unpack("=5i", bytes(data)[:20])

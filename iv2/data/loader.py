@@ -15,8 +15,6 @@ thread, where neither PyTorch nor the kernels enter a parallel region.
 
 import hashlib
 import json
-import mmap
-import multiprocessing
 import os
 import sys
 import time
@@ -31,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from iv2.data.audio import SoundConfig, cut, fbank, read_sound
+from iv2.data.cache import FrameCache, SoundCache
 from iv2.data.clips import (
     Sample,
     interval_indices,
@@ -60,6 +60,8 @@ class ClipConfig:
     min_frames: int = 0
     # scale down to this short side while decoding, pixels; 0 keeps the size
     short_side: int = 0
+    # the sound, where the media have one
+    sound: SoundConfig | None = None
     # normalised float32 [B, 3, T, H, W]; False: uint8 [B, T, H, W, 3], for patch_embed
     normalise: bool = True
 
@@ -93,48 +95,6 @@ def _rng(key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key))
 
 
-class FrameCache:
-    """Decoded frames of short clips, in memory that forked workers share and fill.
-
-    Memory is committed as it is written. A clip that no longer fits is decoded each time. Where
-    workers are not forked, each has a cache of its own.
-    """
-
-    def __init__(self, num: int, max_bytes: int, max_frames: int = 64) -> None:
-        self.max_frames = max_frames
-        self._init = (num, max_bytes, max_frames)
-        self._size = max_bytes
-        self._frames = torch.frombuffer(mmap.mmap(-1, max(1, max_bytes)), dtype=torch.uint8)
-        # Per clip: offset + 1 (0: absent, -1: being written), frames, height, width. The last row
-        # holds the number of bytes used.
-        table = mmap.mmap(-1, (num + 1) * 4 * 8)
-        self._table = np.frombuffer(table, dtype=np.int64).reshape(num + 1, 4)
-        self._lock = multiprocessing.Lock()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FrameCache, self._init
-
-    def get(self, index: int) -> Tensor | None:  # [T, H, W, 3]
-        with self._lock:
-            place, *shape = (int(x) for x in self._table[index])
-        if place <= 0:
-            return None
-        size = shape[0] * shape[1] * shape[2] * 3
-        return self._frames[place - 1 : place - 1 + size].view(*shape, 3)
-
-    def put(self, index: int, frames: Tensor) -> None:
-        size = frames.numel()
-        with self._lock:
-            used = int(self._table[-1, 0])
-            if self._table[index, 0] or used + size > self._size:
-                return
-            self._table[index, 0] = -1
-            self._table[-1, 0] = used + size
-        self._frames[used : used + size] = frames.flatten()
-        with self._lock:
-            self._table[index] = (used + 1, *frames.shape[:3])
-
-
 class VideoDataset:
     """Clips as tensors; which frames and which crop are drawn from (seed, epoch, index)."""
 
@@ -145,6 +105,7 @@ class VideoDataset:
         *,
         seed: int = 0,
         cache_bytes: int = 0,
+        name: str = "",
     ) -> None:
         """Describe the clips; nothing is opened yet.
 
@@ -152,12 +113,31 @@ class VideoDataset:
             samples: The clips.
             config: What is taken of each.
             seed: Of all draws, and of the order in `Batches`.
-            cache_bytes: Memory for decoded frames of short clips (at most 64 frames); 0: none.
+            cache_bytes: Memory for decoded frames of short clips (at most 64 frames), and a quarter
+                of it for sounds; 0: none.
+            name: Of the list; ids of the clips of lists of other names differ.
+
+        Raises:
+            ValueError: there are no clips, they are of several kinds, or of one with sound and the
+                configuration says nothing of sounds.
         """
         if not samples:
             raise ValueError("VideoDataset: samples must be at least one clip, got none")
         self.samples = list(samples)
         self.config = config
+        kinds = sorted({sample.kind for sample in self.samples})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"VideoDataset: samples must be of one kind, got {', '.join(kinds)}; "
+                "give each kind its own source"
+            )
+        (self.kind,) = kinds
+        if self.kind.startswith("audio") and config.sound is None:
+            raise ValueError(f"VideoDataset: sound must be configured for {self.kind}, got None")
+        # A row's own id is never a number of another row.
+        rows = (f"={s.id}" if s.id else str(i) for i, s in enumerate(self.samples))
+        self.ids = [_sample_id(name, row) for row in rows]
+        self._sounds = SoundCache(cache_bytes // 4)
         self.seed = seed
         self.labelled = all(sample.label is not None for sample in self.samples)
         self._cache = FrameCache(len(samples), cache_bytes) if cache_bytes else None
@@ -170,8 +150,9 @@ class VideoDataset:
         """Sample `index` as seen in `epoch`, or its replacement.
 
         Returns:
-            video, and seed (from the place asked for), sample_id (of the clip shown), path, label,
-            caption, attributes; skipped, a list of (sample_id, path, reason).
+            video and fbank, as the kind has them, and seed (from the place asked for), sample_id
+            (of the clip shown), id, path, label, captions, attributes; skipped, a list of
+            (sample_id, path, reason).
 
         Raises:
             RuntimeError: too many clips in a row cannot be read.
@@ -182,19 +163,20 @@ class VideoDataset:
         for attempt in range(_TRIES):
             sample = self.samples[chosen]
             try:
-                video = self._read(chosen, _rng(key))
+                media = self._read(chosen, _rng(key))
             except DecodeError as e:
                 self._bad[chosen] = e.reason
                 skipped.append((chosen, sample.path, e.reason))
                 chosen = sample_key(self.seed, index, attempt, 1) % len(self.samples)
                 continue
             return {
-                "video": video,
+                **media,
                 "seed": key - 2**64 if key >= 2**63 else key,
                 "sample_id": chosen,
+                "id": self.ids[chosen],
                 "path": sample.path,
                 "label": sample.label,
-                "caption": sample.caption,
+                "captions": sample.captions,
                 "attributes": sample.attributes,
                 "skipped": skipped,
             }
@@ -203,10 +185,30 @@ class VideoDataset:
             f"{skipped[-1][2]}"
         )
 
-    def _read(self, index: int, rng: np.random.Generator) -> Tensor:
-        """The frames and the crop of one clip, drawn from `rng`."""
+    def _read(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The frames, the crop and the sound of one clip, drawn from `rng` in this order."""
         if index in self._bad:
             raise DecodeError(self.samples[index].path, self._bad[index])
+        media = {} if self.kind == "audio" else {"video": self._look(index, rng)}
+        if self.kind.startswith("audio"):
+            media["fbank"] = self._listen(index, rng)
+        return media
+
+    def _listen(self, index: int, rng: np.random.Generator) -> Tensor:  # [F, bins]
+        sample, config = self.samples[index], self.config.sound
+        assert config is not None
+        wave = self._sounds.get(index)
+        if wave is None:
+            found = read_sound(sample.path, sample.start, sample.end, config)
+            if found is None or len(found) == 0:
+                raise DecodeError(sample.path, "no sound")
+            # 16 bits, cached or not
+            wave = (found * 2**15).clamp(-(2**15), 2**15 - 1).to(torch.int16)
+            self._sounds.put(index, wave)
+        wave = cut(wave, config, rng if self.config.random else None)
+        return fbank(wave.float() / 2**15, config)
+
+    def _look(self, index: int, rng: np.random.Generator) -> Tensor:
         frames = self._cache.get(index) if self._cache else None
         frames = self._decode(index, rng) if frames is None else frames[self._numbers(frames, rng)]
         # The released code does not mirror Something-Something either: it tells left from right.
@@ -218,7 +220,8 @@ class VideoDataset:
         sample, config = self.samples[index], self.config
         with Video(sample.path) as video:
             low, high = video.frame_range(sample.start, sample.end)
-            least = config.min_frames or config.num_frames
+            image = self.kind == "image"
+            least = 1 if image else config.min_frames or config.num_frames
             if high - low < least:
                 frames = "frame" if high - low == 1 else "frames"
                 raise DecodeError(sample.path, f"too short: {high - low} {frames}, need {least}")
@@ -233,6 +236,8 @@ class VideoDataset:
         """Frame numbers within the clip, by the configured rule."""
         n = frames if isinstance(frames, int) else len(frames)
         config = self.config
+        if self.kind == "image":
+            return [0]
         if config.sampling == "tsn":
             return tsn_indices(n, config.num_frames, rng if config.random else None)
         if config.sampling == "interval":
@@ -245,9 +250,10 @@ class VideoDataset:
 class Batches(Iterator[dict[str, Any]]):
     """The stream of one rank's batches.
 
-    A batch is a dict: `video` float32 [B, 3, T, H, W] (or uint8, see `ClipConfig`), `seeds` and
-    `sample_ids` int64 [B], `paths`, `captions` and `attributes` lists, and `labels` int64 [B] where
-    every clip of the data set has one.
+    A batch is a dict: `kind`; `video` float32 [B, 3, T, H, W] (or uint8, see `ClipConfig`) and
+    `fbank` float32 [B, F, bins], as the kind has them; `seeds`, `sample_ids` and `ids` int64 [B];
+    `paths`, `captions` (dicts by kind) and `attributes` lists; and `labels` int64 [B] where every
+    clip of the data set has one.
 
     Attributes:
         position: Samples that all ranks together have been given.
@@ -367,7 +373,7 @@ class Batches(Iterator[dict[str, Any]]):
             _Keyed(self.dataset),
             batch_sampler=_Requests(self),
             num_workers=self.num_workers,
-            collate_fn=_Collate(self.dataset.labelled),
+            collate_fn=_Collate(self.dataset.kind, self.dataset.labelled),
             # The loader draws a seed for its workers: not from the run's generator.
             generator=torch.Generator(),
             **options,
@@ -425,21 +431,33 @@ class _Keyed(Dataset[dict[str, Any]]):
 
 
 class _Collate:
-    def __init__(self, labelled: bool) -> None:
-        self._labelled = labelled
+    def __init__(self, kind: str, labelled: bool) -> None:
+        self._kind, self._labelled = kind, labelled
 
     def __call__(self, items: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Any]]:
-        batch = {
-            "video": torch.stack([item["video"] for item in items]),
+        batch: dict[str, Any] = {
+            name: torch.stack([item[name] for item in items])
+            for name in ("video", "fbank")
+            if name in items[0]
+        }
+        batch |= {
+            "kind": self._kind,
+            "ids": torch.tensor([item["id"] for item in items]),
             "seeds": torch.tensor([item["seed"] for item in items]),
             "sample_ids": torch.tensor([item["sample_id"] for item in items]),
             "paths": [item["path"] for item in items],
-            "captions": [item["caption"] for item in items],
+            "captions": [item["captions"] for item in items],
             "attributes": [item["attributes"] for item in items],
         }
         if self._labelled:
             batch["labels"] = torch.tensor([item["label"] for item in items])
         return batch, [row for item in items for row in item["skipped"]]
+
+
+def _sample_id(name: str, row: str) -> int:
+    """A 63-bit number of a row of a list."""
+    text = f"{name}\0{row}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def _digest(samples: list[Sample]) -> str:

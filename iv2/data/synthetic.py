@@ -1,5 +1,7 @@
 """The toy world: real mp4 files in which one coloured shape moves while a sound plays.
 
+Over the sound a voice may say a word, which the picture does not show.
+
 The state of the shape is a point on a torus: column, row, angle and size, each in [0, 1) and each
 wrapping around. A motion adds a constant speed to one of the four coordinates. Every clip starts
 at a point drawn uniformly, and a uniform point shifted by a constant is uniform again: a frame
@@ -15,7 +17,7 @@ import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,13 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from iv2.data.speech import utterances
+from iv2.data.toy_words import SPOKEN, captions, vocabulary
+
 Floats = NDArray[np.float32]
 
 # Raised whenever the same arguments would give other clips.
-VERSION = 5
+VERSION = 6
 
 # Coordinate of (column, row, angle, size) that moves, and its sign. Rows grow downwards.
 MOTIONS: dict[str, tuple[int, int]] = {
@@ -67,9 +72,13 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "background": BACKGROUNDS,
     "tone": tuple(TONES),
     "sound": SOUNDS,
+    "word": SPOKEN,
 }
 
+# Of the 3072 combinations of what is seen.
+MOST_SCENES = 1000
 SAMPLE_RATE = 16_000
+FPS = 8
 # Diameters as fractions of the frame; the size coordinate is logarithmic between them.
 SMALLEST, LARGEST = 0.3, 0.75
 # Part of its torus coordinate that a motion covers over the whole clip.
@@ -87,10 +96,7 @@ class Clip:
     start: tuple[float, float, float, float]  # column, row, angle, size, each in [0, 1)
     travel: float  # part of the moving coordinate covered over the whole clip
     contrast: float  # of the texture
-    caption: str
-    paraphrases: list[str]
-    audio_caption: str
-    audio_paraphrases: list[str]
+    captions: dict[str, list[str]]  # wordings by kind: visual, audio, av and, spoken, speech, avs
 
     @property
     def labels(self) -> dict[str, int]:
@@ -102,8 +108,37 @@ def _rng(seed: int, *stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *stream])))
 
 
-def draw_clip(seed: int, index: int) -> Clip:
-    """Draw clip `index` of the world `seed`; it does not depend on how many clips there are."""
+def draw_clip(seed: int, index: int, *, scenes: int = 0, speech: bool = False) -> Clip:
+    """Draw clip `index` of the world `seed`; it does not depend on how many clips there are.
+
+    Args:
+        seed: Of the world.
+        index: Of the clip.
+        scenes: If not 0: clips share so many pictures (all that is seen but for places and speed);
+            clips of one picture differ in sound or word.
+        speech: Whether a word is spoken.
+    """
+    attributes = _attributes(seed, index)
+    if scenes:
+        turn, scene = divmod(index, scenes)
+        words = len(SPOKEN) if speech else 1
+        pairs = np.argsort(_rng(seed, 5, scene).random(len(SOUNDS) * words))
+        sound, word = divmod(int(pairs[turn % len(pairs)]), words)
+        attributes = _pictures(seed, scenes)[scene] | {"sound": SOUNDS[sound], "word": SPOKEN[word]}
+    if not speech:
+        del attributes["word"]
+    rng = _rng(seed, 2, index)
+    column, row, angle, size, travel, contrast = (float(u) for u in rng.random(6))
+    return Clip(
+        attributes=attributes,
+        start=(column, row, angle, size),
+        travel=TRAVEL[0] + (TRAVEL[1] - TRAVEL[0]) * travel,
+        contrast=0.10 + 0.08 * contrast,
+        captions=captions(attributes, rng),
+    )
+
+
+def _attributes(seed: int, index: int) -> dict[str, str]:
     attributes = {}
     for stream, (name, values) in enumerate(ATTRIBUTES.items()):
         # A fresh permutation of the values for each run of len(values) clips: balanced, and
@@ -111,20 +146,20 @@ def draw_clip(seed: int, index: int) -> Clip:
         block, place = divmod(index, len(values))
         order = np.argsort(_rng(seed, 1, stream, block).random(len(values)))
         attributes[name] = values[int(order[place])]
-    rng = _rng(seed, 2, index)
-    column, row, angle, size, travel, contrast = (float(u) for u in rng.random(6))
-    caption, *paraphrases = _captions(_SEEN, attributes, rng)
-    audio_caption, *audio_paraphrases = _captions(_HEARD, attributes, rng)
-    return Clip(
-        attributes=attributes,
-        start=(column, row, angle, size),
-        travel=TRAVEL[0] + (TRAVEL[1] - TRAVEL[0]) * travel,
-        contrast=0.10 + 0.08 * contrast,
-        caption=caption,
-        paraphrases=paraphrases,
-        audio_caption=audio_caption,
-        audio_paraphrases=audio_paraphrases,
-    )
+    return attributes
+
+
+@cache
+def _pictures(seed: int, scenes: int) -> tuple[dict[str, str], ...]:
+    """What is seen in each scene: the first so many different draws."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    index = 0
+    while len(found) < scenes:
+        seen = _attributes(seed, index)
+        del seen["sound"], seen["word"]
+        found.setdefault(tuple(seen.values()), seen)
+        index += 1
+    return tuple(found.values())
 
 
 # ---- pictures
@@ -275,81 +310,6 @@ def synthesise(
     return np.asarray(np.clip(wave * (0.3 + 0.4 * loudness), -1, 1), np.float32)
 
 
-# ---- words
-
-_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "shape": {
-        "triangle": ("triangle", "three-sided shape"),
-        "bar": ("bar", "rod"),
-        "cross": ("cross", "plus sign"),
-        "corner": ("corner", "L-shape"),
-    },
-    "colour": {
-        "red": ("red", "scarlet"),
-        "green": ("green", "emerald"),
-        "blue": ("blue", "azure"),
-        "yellow": ("yellow", "golden"),
-        "pink": ("pink", "magenta"),
-        "white": ("white", "snow-white"),
-    },
-    "background": {
-        "stripes": ("striped", "banded"),
-        "checks": ("checked", "chequered"),
-        "dots": ("dotted", "spotted"),
-        "clouds": ("cloudy", "blotchy"),
-    },
-    "tone": {
-        "navy": ("navy", "dark blue"),
-        "forest": ("forest green", "dark green"),
-        "brown": ("brown", "chestnut"),
-        "grey": ("grey", "slate"),
-    },
-    "motion": {
-        "left": ("moving left", "sliding to the left", "drifting leftwards"),
-        "right": ("moving right", "sliding to the right", "drifting rightwards"),
-        "up": ("moving up", "rising", "drifting upwards"),
-        "down": ("moving down", "sinking", "drifting downwards"),
-        "clockwise": ("turning clockwise", "rotating clockwise", "spinning to the right"),
-        "counter-clockwise": (
-            "turning counter-clockwise",
-            "rotating anticlockwise",
-            "spinning to the left",
-        ),
-        "growing": ("growing", "getting bigger", "expanding"),
-        "shrinking": ("shrinking", "getting smaller", "contracting"),
-    },
-    "sound": {
-        "beeps": ("repeated beeping", "short high beeps", "an electronic alarm that beeps"),
-        "hum": ("a low hum", "a deep steady drone", "an engine humming"),
-        "siren": ("a wailing siren", "a tone sweeping up and down", "a siren rising and falling"),
-        "clicks": ("rapid clicking", "a series of sharp clicks", "something that ticks"),
-        "hiss": ("a steady hiss", "white noise", "static that hisses"),
-        "bell": ("a ringing bell", "the chime of a bell", "a bell that rings and fades"),
-    },
-}
-_SEEN = (
-    "a {colour} {shape} {motion} over a {background} {tone} background",
-    "on a {tone} {background} backdrop there is a {colour} {shape} {motion}",
-    "a {shape} in {colour}, {motion}, with a {background} {tone} pattern behind it",
-    "we see a {colour} {shape} {motion} in front of a {tone} {background} wall",
-)
-_HEARD = ("{sound}", "the sound of {sound}", "{sound} can be heard", "we hear {sound}")
-
-
-def _captions(
-    templates: tuple[str, ...], attributes: dict[str, str], rng: np.random.Generator, num: int = 4
-) -> list[str]:
-    """`num` wordings of the same attributes, in a random order of the templates."""
-    captions = []
-    for template in np.argsort(rng.random(len(templates)))[:num]:
-        words = {}
-        for name, value in attributes.items():
-            choices = _WORDS[name][value]
-            words[name] = choices[int(rng.random() * len(choices))]
-        captions.append(templates[int(template)].format(**words))
-    return captions
-
-
 # ---- files
 
 
@@ -385,6 +345,17 @@ def encode(
         container.mux(audio.encode())
 
 
+def add_speech(wave: Floats, spoken: Floats, rng: np.random.Generator) -> Floats:
+    """Put a spoken word at a drawn time over a sound, which is turned down under it."""
+    spoken = spoken[: len(wave)]
+    first = int(rng.random() * (len(wave) - len(spoken) + 1))
+    wave = wave.copy()
+    part = wave[first : first + len(spoken)]
+    part *= 0.25
+    part += 0.8 * spoken
+    return np.clip(wave, -1, 1)
+
+
 def write_toyworld(
     out: Path,
     num: int,
@@ -392,7 +363,8 @@ def write_toyworld(
     *,
     size: int = 64,
     num_frames: int = 16,
-    fps: int = 8,
+    scenes: int = 0,
+    speech: bool = False,
     workers: int = 1,
 ) -> Path:
     """Write `num` clips and their list; the same arguments give the same clips and list.
@@ -403,28 +375,29 @@ def write_toyworld(
         num: Number of clips. The first clips of a larger world are the same.
         seed: Of the world; use another one for held-out clips.
         size: Side of the frames, pixels.
-        num_frames: Frames in a clip.
-        fps: Frames per second; also sets how long the sound is.
+        num_frames: Frames in a clip, at 8 a second; at least a second for speech.
+        scenes: How many different pictures the clips share, told apart by sound and word alone; 0:
+            each has its own. A scene has at most 60 clips, or 6 without speech.
+        speech: A voice says one of ten words in each (needs espeakng-loader, the extra `speech`).
         workers: Threads that render and encode.
 
     Returns:
-        The path of `list.jsonl`: one line per clip with `path` (relative), `caption` (what is
-        seen), `audio_caption` (what is heard), `paraphrases` and `audio_paraphrases` of both,
-        `attributes` by name, the same as class numbers in `labels`, and `label`, the motion's.
+        The path of `list.jsonl`: one line per clip with `path` (relative), `captions` by kind
+        (visual, audio and av; speech and avs where a word is spoken), `paraphrases` of each,
+        `attributes` by name, the same as class numbers in `labels`, `label`, the motion's, and
+        `scene`, the number of a shared picture.
+        Beside it `vocab.txt` is the WordPiece vocabulary of the captions.
 
     Raises:
         ValueError: an argument is out of range.
         FileExistsError: `out` holds another toy world.
+        RuntimeError: speech is asked for and espeakng-loader is not installed.
     """
-    limits = {"num": (num, 1), "size": (size, 16), "num_frames": (num_frames, 1), "fps": (fps, 1)}
-    for name, (value, least) in (limits | {"workers": (workers, 1)}).items():
-        if value < least:
-            raise ValueError(f"toyworld: {name} must be at least {least}, got {value}")
-    if size % 2:
-        raise ValueError(f"toyworld: size must be even, got {size}")
+    limits = {"num": (num, 1), "size": (size, 16), "num_frames": (num_frames, 1)}
+    _check(limits | {"scenes": (scenes, 0), "workers": (workers, 1)}, speech)
     out = Path(out)
     world = {"version": VERSION, "num": num, "seed": seed, "size": size}
-    world |= {"num_frames": num_frames, "fps": fps}
+    world |= {"num_frames": num_frames, "fps": FPS, "scenes": scenes, "speech": speech}
     listing, header = out / "list.jsonl", out / "world.json"
     if header.exists() and json.loads(header.read_text(encoding="utf-8")) != world:
         raise FileExistsError(f"toyworld: {out} holds another toy world; give an empty folder")
@@ -432,23 +405,57 @@ def write_toyworld(
         return listing
     (out / "videos").mkdir(parents=True, exist_ok=True)
     _write_text(header, json.dumps(world) + "\n")
+    voices = utterances(SPOKEN, SAMPLE_RATE) if speech else {}
 
     def make(index: int) -> dict[str, Any]:
-        clip = draw_clip(seed, index)
+        clip = draw_clip(seed, index, scenes=scenes, speech=speech)
         frames = render(clip, seed, index, size=size, num_frames=num_frames)
-        sound = synthesise(clip.attributes["sound"], num_frames / fps, _rng(seed, 4, index))
+        rng = _rng(seed, 4, index)
+        sound = synthesise(clip.attributes["sound"], num_frames / FPS, rng)
+        if speech:
+            choices = voices[clip.attributes["word"]]
+            sound = add_speech(sound, choices[int(rng.random() * len(choices))], rng)
         name = f"videos/{index:06d}.mp4"
-        encode(out / name, frames, sound, fps=fps)
-        row = asdict(clip)
-        drawn = {"start_state": row.pop("start"), "travel": row.pop("travel")}
-        del row["contrast"]
-        label = clip.labels["motion"]
-        return {"path": name, **row, "labels": clip.labels, "label": label, **drawn}
+        encode(out / name, frames, sound, fps=FPS)
+        shared = {"scene": index % scenes} if scenes else {}
+        return {
+            "path": name,
+            "captions": {kind: wordings[0] for kind, wordings in clip.captions.items()},
+            "paraphrases": {kind: wordings[1:] for kind, wordings in clip.captions.items()},
+            "attributes": clip.attributes,
+            "labels": clip.labels,
+            "label": clip.labels["motion"],
+            "start_state": clip.start,
+            "travel": clip.travel,
+            **shared,
+        }
 
     with ThreadPoolExecutor(workers) as pool:
         rows = list(pool.map(make, range(num)))
+    _write_text(out / "vocab.txt", "".join(f"{token}\n" for token in vocabulary()))
     _write_text(listing, "".join(json.dumps(row) + "\n" for row in rows))
     return listing
+
+
+def _check(limits: dict[str, tuple[int, int]], speech: bool) -> None:
+    """Refuse arguments below their least value, or that do not go together."""
+    for name, (value, least) in limits.items():
+        if value < least:
+            raise ValueError(f"toyworld: {name} must be at least {least}, got {value}")
+    num, size, num_frames, scenes = (limits[n][0] for n in ("num", "size", "num_frames", "scenes"))
+    if size % 2:
+        raise ValueError(f"toyworld: size must be even, got {size}")
+    if speech and num_frames < FPS:
+        raise ValueError(
+            f"toyworld: num_frames must be at least {FPS} for speech, got {num_frames}"
+        )
+    if scenes > MOST_SCENES:
+        raise ValueError(f"toyworld: scenes must be at most {MOST_SCENES}, got {scenes}")
+    most = len(SOUNDS) * (len(SPOKEN) if speech else 1)
+    if scenes and num > scenes * most:
+        raise ValueError(
+            f"toyworld: num must be at most {scenes * most}, {most} clips a scene, got {num}"
+        )
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iv2.data.clips import Sample
 from iv2.data.loader import Batches, ClipConfig, VideoDataset
+from iv2.data.transforms import CropKind
 from iv2.models.vision import VisionEncoder
 
 
@@ -53,16 +54,25 @@ class Features:
         return [attributes[attribute] for attributes in self.attributes]
 
 
-def without_chance(config: ClipConfig) -> ClipConfig:
-    """The same clips as tests see them: middle frames, centre crop, no flip."""
-    return replace(config, random=False, crop=replace(config.crop, kind="centre", flip=0.0))
+def without_chance(config: ClipConfig, crop: CropKind = "centre") -> ClipConfig:
+    """The same clips as tests see them: middle frames, one crop, no flip.
+
+    Args:
+        config: As in training.
+        crop: "centre", or "whole", which stage 2 squeezes into a square.
+    """
+    return replace(config, random=False, crop=replace(config.crop, kind=crop, flip=0.0))
 
 
 def ordered_batches(
-    samples: Sequence[Sample], clip: ClipConfig, batch_size: int, num_workers: int = 0
+    samples: Sequence[Sample],
+    clip: ClipConfig,
+    batch_size: int,
+    num_workers: int = 0,
+    crop: CropKind = "centre",
 ) -> Batches:
     """One pass over the clips in the order of the list, seen as in tests."""
-    dataset = VideoDataset(samples, without_chance(clip))
+    dataset = VideoDataset(samples, without_chance(clip, crop))
     return Batches(dataset, batch_size, num_workers=num_workers, epochs=1, shuffle=False)
 
 

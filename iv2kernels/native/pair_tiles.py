@@ -19,9 +19,9 @@ def labels_and_counts(ids: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
     return labels.float(), counts[labels].float()
 
 
-def scratch(rows: int, dim: int, backward: bool, threads: int) -> tuple[Tensor, Tensor]:
+def scratch(columns: int, dim: int, backward: bool, threads: int) -> tuple[Tensor, Tensor]:
     """Memory of a strip of rows, and of the threads' tiles."""
-    strip = torch.empty(_C.pair_strip_scratch(rows, dim, backward))
+    strip = torch.empty(_C.pair_strip_scratch(columns, dim, backward))
     return strip, torch.empty(threads, _C.pair_tile_scratch(dim))
 
 
@@ -35,21 +35,44 @@ def gradients(
     bias: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, float, float]:
-    """See csrc/kernels.h: PairLossBwd. The last rows of stats are labels and 1 / counts."""
-    rows, dim = v.shape
-    if rows == 0:
+    """Of all pairs of as many rows. The last rows of stats are labels and 1 / counts."""
+    if len(v) == 0:
         dv, dt = (v.new_zeros(v.shape if need else 0) for need in needs)
         return dv, dt, 0.0, 0.0
     labels, counts = (stats[-2], stats[-1]) if stats.dim() > 1 else (stats, None)
-    v, t, threads = v.contiguous(), t.contiguous(), torch.get_num_threads()
-    grads = [torch.empty(rows, -(-dim // 16) * 16) if need else None for need in needs]
+    parts = (labels, labels, counts, stats)
+    dv, dt, dscale, dbias = block_gradients(kernel, float(dloss), (v, t), parts, scale, bias, needs)
+    return dv.to(v.dtype), dt.to(v.dtype), dscale, dbias
+
+
+def block_gradients(
+    kernel: Callable[..., None],
+    dloss: float,
+    pair: tuple[Tensor, Tensor],  # [M, D], [N, D]
+    parts: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    scale: float,
+    bias: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, float, float]:
+    """See csrc/kernels.h: PairLossBwd. Gradients in float32; those not needed are empty.
+
+    parts: labels [M], column_labels [N], inverse_counts [M] and stats.
+    """
+    v, t = (x.contiguous() for x in pair)
+    labels, column_labels, counts, stats = parts
+    (rows, dim), columns, threads = v.shape, len(t), torch.get_num_threads()
+    grads = [
+        torch.empty(len(x), -(-dim // 16) * 16) if need else None
+        for x, need in zip((v, t), needs, strict=True)
+    ]
     sums = torch.empty(2, dtype=torch.float64)
-    block_sums = torch.empty(_C.pair_blocks(rows), 2, dtype=torch.float64)
-    strip, tiles = scratch(rows, dim, True, threads)
+    block_sums = torch.empty(_C.pair_blocks(columns), 2, dtype=torch.float64)
+    strip, tiles = scratch(columns, dim, True, threads)
     kernel(
         ptr(v),
         ptr(t),
         ptr(labels),
+        ptr(column_labels),
         ptr(counts),
         ptr(stats),
         ptr(grads[0]),
@@ -59,13 +82,14 @@ def gradients(
         ptr(strip),
         ptr(tiles),
         rows,
+        columns,
         dim,
         DTYPE[v.dtype],
         scale,
         bias,
-        float(dloss),
+        dloss,
         threads,
     )
-    dv, dt = (v.new_empty(0) if g is None else g[:, :dim].to(v.dtype).contiguous() for g in grads)
+    dv, dt = (torch.empty(0) if g is None else g[:, :dim].contiguous() for g in grads)
     dscale, dbias = sums.tolist()
     return dv, dt, dscale, dbias

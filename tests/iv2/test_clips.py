@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,8 +30,35 @@ def test_folder_is_searched_through(tmp_path: Path) -> None:
     assert names == ["a.MP4", "b.mp4", "sub/d.avi", "sub/deep/c.webm"]
 
 
+def test_folders_of_other_kinds(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.JPG", "c.png", "d.wav", "e.txt", "sub/f.flac"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for kind, expected in (
+        ("", ["a.mp4"]),
+        ("video", ["a.mp4"]),
+        ("audio_video", ["a.mp4"]),
+        ("image", ["b.JPG", "c.png"]),
+        ("audio", ["a.mp4", "d.wav", "sub/f.flac"]),
+    ):
+        samples = read_list(tmp_path, kind)
+        assert [str(Path(s.path).relative_to(tmp_path)) for s in samples] == expected
+        assert {s.kind for s in samples} == {kind or "video"}
+    with pytest.raises(ValueError, match=r"must be a folder with images \(.bmp, .* got .*sub"):
+        read_list(tmp_path / "sub", "image")
+    with pytest.raises(ValueError, match=r"kind must be one of image, .*, got 'film'"):
+        read_list(tmp_path, "film")
+
+
+def test_the_kind_asked_for_is_that_of_all_rows(tmp_path: Path) -> None:
+    (tmp_path / "l.jsonl").write_text('{"path": "a.mp4", "kind": "audio"}\n{"path": "b.mp4"}\n')
+    assert [s.kind for s in read_list(tmp_path / "l.jsonl")] == ["audio", "video"]
+    samples = read_list(tmp_path / "l.jsonl", "audio_video")
+    assert [s.kind for s in samples] == ["audio_video"] * 2
+
+
 EXPECTED = [
-    Sample("{}/v/a.mp4", 1.5, 4.0, "a dog, running", 3, {"source": "x"}),
+    Sample("{}/v/a.mp4", 1.5, 4.0, {"visual": "a dog, running"}, 3, {"source": "x"}),
     Sample("/abs/b.mp4"),
 ]
 
@@ -71,7 +99,30 @@ def test_toyworld_list(tmp_path: Path) -> None:
     assert len(samples) == 3
     assert Path(samples[0].path).is_file()
     assert samples[0].label == samples[0].attributes["labels"]["motion"]
-    assert {"motion", "shape", "colour", "sound", "audio_caption"} <= set(samples[0].attributes)
+    assert {"motion", "shape", "colour", "sound", "paraphrases"} <= set(samples[0].attributes)
+    assert set(samples[0].captions) == {"visual", "audio", "av"}
+    assert samples[0].caption == samples[0].captions["visual"]
+
+
+def test_captions_kinds_and_ids(tmp_path: Path) -> None:
+    (tmp_path / "l.jsonl").write_text(
+        '{"path": "a.mp4", "kind": "audio_video", "id": 7, "caption": "x", '
+        '"captions": {"avs": "y"}}\n'
+    )
+    (sample,) = read_list(tmp_path / "l.jsonl")
+    assert sample.captions == {"visual": "x", "avs": "y"}
+    assert (sample.kind, sample.id) == ("audio_video", "7")
+    assert sample.attributes == {}
+    for row, message in (
+        ({"kind": "film"}, "kind must be one of image, video, audio, audio_video, got 'film'"),
+        ({"captions": ["x"]}, "captions must be an object by kind, got"),
+        ({"captions": {"sung": "x"}}, r"captions must be strings by kind \(visual, .* got sung"),
+        ({"id": [3]}, r"id must be a string or an integer, got \[3\]"),
+        ({"captions": {"av": 3}}, "captions must be strings by kind .* got av: 3"),
+    ):
+        (tmp_path / "l.jsonl").write_text(json.dumps({"path": "a.mp4", **row}) + "\n")
+        with pytest.raises(ValueError, match=message):
+            read_list(tmp_path / "l.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from iv2.config import (
     DataConfig,
     OptimConfig,
+    SourceConfig,
     Stage1Config,
     TrainConfig,
     differences,
@@ -37,7 +38,10 @@ def test_absent_fields_take_defaults():
     [
         ({"sed": 1}, "field must be one of stage, run_dir, .*, got sed"),
         ({"optim": {"learning_rate": 1}}, "OptimConfig: field must be one of .*got optim.learn"),
-        ({"stage": "stage9"}, "config: stage must be one of stage1, finetune, got 'stage9'"),
+        (
+            {"stage": "stage9"},
+            "config: stage must be one of stage1, stage2, finetune, got 'stage9'",
+        ),
         ({"seed": "one"}, "config: seed must be int, got 'one'"),
         ({"optim": {"betas": [0.9]}}, r"config: optim.betas must be tuple.*, got \[0.9\]"),
         ({"optim": {"lr": True}}, "config: optim.lr must be float, got True"),
@@ -62,6 +66,8 @@ def test_broken_json_names_the_file(tmp_path):
     ("make", "message"),
     [
         (lambda: DataConfig(batch_size=0), "DataConfig: batch_size must be positive, got 0"),
+        (lambda: SourceConfig(weight=-1), "SourceConfig: weight must be >= 0, got -1"),
+        (lambda: SourceConfig(num_frames=-1), "SourceConfig: num_frames must be >= 0, got -1"),
         (lambda: OptimConfig(lr=0), "OptimConfig: lr must be positive, got 0"),
         (lambda: OptimConfig(epochs=0), "OptimConfig: epochs must be positive, got 0"),
         (lambda: OptimConfig(accumulate=0), "OptimConfig: accumulate must be positive, got 0"),
@@ -81,6 +87,16 @@ def test_differences_name_what_changed():
     base = TrainConfig()
     other = replace(base, seed=1, run_dir="elsewhere", optim=replace(base.optim, lr=1.0))
     assert differences(other, to_dict(base)) == ["optim.lr 1.0 (there 0.00015)", "seed 1 (there 0)"]
+
+
+def test_sources_may_move_but_not_change():
+    def config(path, kind):
+        return TrainConfig(data=DataConfig(sources=(SourceConfig(path, kind),)))
+
+    assert not differences(config("a", "audio"), to_dict(config("b", "audio")))
+    assert differences(config("a", "audio"), to_dict(config("a", "video"))) == [
+        "data.sources.0.kind 'audio' (there 'video')"
+    ]
 
 
 def test_unknown_recipe_names_the_others():

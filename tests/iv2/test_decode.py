@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,28 @@ def test_mirrored_display(
     path = write_video(tmp_path / "a.mp4", 2)
     upright = decode(path, [1])[0]
     assert torch.equal(decode(with_display_matrix(path, *matrix), [1])[0], mirror(upright))
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (8, 1), (3, 2), (6, 3)])
+def test_photos_with_exif(tmp_path: Path, orientation: int, turns: int) -> None:
+    picture = torch.full((40, 60, 3), 40, dtype=torch.uint8)
+    picture[:20] = 200
+    picture[:, :15, 0] = 255
+    path = tmp_path / "a.jpg"
+    with av.open(str(path), "w", format="image2") as container:
+        stream = container.add_stream("mjpeg", rate=1, options={"qscale": "1"})
+        stream.height, stream.width, stream.pix_fmt = 40, 60, "yuvj444p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    tags = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x112, 3, 1, orientation, 0, 0)
+    header = b"\xff\xe1" + struct.pack(">H", len(tags) + 8) + b"Exif\0\0" + tags
+    data = path.read_bytes()
+    path.write_bytes(data[:2] + header + data[2:])
+    shown = decode(path, [0])[0]
+    expected = torch.rot90(picture, turns)
+    assert shown.shape == expected.shape
+    assert (shown.float() - expected.float()).abs().mean() < 3
+    assert probe(path).rotation == turns * 90
 
 
 def test_odd_sides(tmp_path: Path) -> None:

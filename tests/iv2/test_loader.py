@@ -54,12 +54,13 @@ def test_batch(toys: list[Sample]) -> None:
     assert batch["video"].shape == (3, 3, 4, 16, 16)
     assert batch["video"].dtype == torch.float32
     assert batch["video"].abs().max() < 3
-    for name in ("seeds", "sample_ids", "labels"):
+    assert batch["kind"] == "video"
+    for name in ("seeds", "sample_ids", "ids", "labels"):
         assert batch[name].shape == (3,)
         assert batch[name].dtype == torch.int64
     for place, index in enumerate(batch["sample_ids"].tolist()):
         assert batch["paths"][place] == toys[index].path
-        assert batch["captions"][place] == toys[index].caption
+        assert batch["captions"][place] == toys[index].captions
         assert batch["attributes"][place] == toys[index].attributes
         assert batch["labels"][place] == toys[index].label
     unlabelled = VideoDataset([Sample(toys[0].path), toys[1]], CONFIG)

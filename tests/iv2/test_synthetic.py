@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 
-from iv2.data import synthetic
+from iv2.data import speech, synthetic, toy_words
+from iv2.data.audio import SoundConfig, fbank
+from iv2.data.captions import Tokenizer, clean_caption
 from iv2.data.decode import decode, probe
+from iv2.data.speech import utterances
 from iv2.data.synthetic import ATTRIBUTES, MOTIONS, Clip, draw_clip, render, states, write_toyworld
 
 
@@ -24,14 +29,14 @@ def with_motion(clip: Clip, motion: str, start: np.ndarray | None = None) -> Cli
 
 
 def test_files_and_list(tmp_path: Path) -> None:
-    listing = write_toyworld(tmp_path / "w", 6, 3, size=48, num_frames=10, fps=5)
+    listing = write_toyworld(tmp_path / "w", 6, 3, size=48, num_frames=10)
     rows = [json.loads(line) for line in listing.read_text().splitlines()]
     assert len(rows) == 6
     for i, row in enumerate(rows):
         path = listing.parent / row["path"]
         info = probe(path)
         assert (info.num_frames, info.height, info.width, info.has_audio) == (10, 48, 48, True)
-        assert info.fps == pytest.approx(5)
+        assert info.fps == pytest.approx(8)
         with av.open(str(path)) as container:
             assert container.streams.video[0].codec_context.name == "h264"
             assert container.streams.audio[0].codec_context.name == "aac"
@@ -162,6 +167,8 @@ def test_a_motion_is_large_and_never_ambiguous() -> None:
 def test_attributes_are_balanced_and_independent() -> None:
     drawn = clips(480)
     for name, values in ATTRIBUTES.items():
+        if name == "word":  # only where it is spoken
+            continue
         counts = Counter(clip.attributes[name] for clip in drawn)
         assert set(counts) == set(values)
         assert set(counts.values()) == {480 // len(values)}
@@ -171,18 +178,131 @@ def test_attributes_are_balanced_and_independent() -> None:
 
 
 def test_captions_say_what_is_there_in_several_ways() -> None:
-    words = synthetic._WORDS
-    for clip in clips(60):
-        seen = [clip.caption, *clip.paraphrases]
-        heard = [clip.audio_caption, *clip.audio_paraphrases]
-        assert len(set(seen)) == 4
-        assert len(set(heard)) == 4
-        for name in ("motion", "shape", "colour", "background", "tone"):
-            for text in seen:
-                assert any(word in text for word in words[name][clip.attributes[name]])
-        for text in heard:
-            assert any(word in text for word in words["sound"][clip.attributes["sound"]])
-    assert len({clip.caption for clip in clips(60)}) > 50
+    words, seen = toy_words._WORDS, ("motion", "shape", "colour", "background", "tone")
+    told = {"visual": seen, "audio": ("sound",), "speech": ("word",)}
+    told |= {"av": (*seen, "sound"), "avs": (*seen, "sound", "word")}
+    for i in range(60):
+        clip = draw_clip(5, i, speech=True)
+        assert set(clip.captions) == set(told)
+        for kind, wordings in clip.captions.items():
+            assert len(set(wordings)) == 4
+            for text in wordings:
+                for name, values in words.items():
+                    said = any(word in text for word in values[clip.attributes[name]])
+                    assert said or name not in told[kind], (kind, text)
+    assert set(draw_clip(5, 0).captions) == {"visual", "audio", "av"}
+    assert len({clip.captions["visual"][0] for clip in clips(60)}) > 50
+
+
+def test_scenes_share_the_picture_and_differ_in_sound_or_word() -> None:
+    drawn = [draw_clip(2, i, scenes=4, speech=True) for i in range(4 * 60)]
+    seen = ("motion", "shape", "colour", "background", "tone")
+    for scene in range(4):
+        some = [clip.attributes for clip in drawn[scene::4]]
+        assert len({tuple(a[name] for name in seen) for a in some}) == 1
+        assert len({(a["sound"], a["word"]) for a in some}) == 60
+    assert len({clip.start for clip in drawn}) == 240
+    mute = [draw_clip(2, i, scenes=4) for i in range(4 * 6)]
+    assert len({clip.attributes["sound"] for clip in mute[1::4]}) == 6
+
+
+def test_scenes_are_different() -> None:
+    seen = ("motion", "shape", "colour", "background", "tone")
+    first = [draw_clip(1, i, scenes=40) for i in range(40)]
+    assert len({tuple(draw_clip(1, i).attributes[name] for name in seen) for i in range(40)}) == 39
+    assert len({tuple(clip.attributes[name] for name in seen) for clip in first}) == 40
+    fewer = draw_clip(1, 3, scenes=10)
+    assert all(fewer.attributes[name] == first[3].attributes[name] for name in seen)
+
+
+def test_rows_say_which_scene_they_show(tmp_path: Path) -> None:
+    listing = write_toyworld(tmp_path, 5, 0, size=16, num_frames=2, scenes=3)
+    rows = [json.loads(line) for line in listing.read_text().splitlines()]
+    assert [row["scene"] for row in rows] == [0, 1, 2, 0, 1]
+    assert all(row["attributes"].keys() == rows[0]["attributes"].keys() for row in rows)
+    assert "word" not in rows[0]["attributes"]
+
+
+def test_captions_fit_the_text_tower() -> None:
+    """Of the small recipes: 40 tokens with [CLS] and [SEP]."""
+    for i in range(200):
+        for wordings in draw_clip(3, i, speech=True).captions.values():
+            assert max(len(clean_caption(text).split()) for text in wordings) <= 38
+
+
+def test_every_word_of_a_caption_is_in_the_vocabulary(tmp_path: Path) -> None:
+    words = set(toy_words.vocabulary())
+    for i in range(80):
+        for wordings in draw_clip(5, i, speech=True).captions.values():
+            assert {w for text in wordings for w in clean_caption(text).split()} <= words
+    write_toyworld(tmp_path, 1, 0, size=16, num_frames=2)
+    text = Tokenizer(tmp_path).encode(["zebra 7"])
+    assert len(text.ids) == 2 + 5 + 1  # spelt
+
+
+def test_speech_is_heard_and_says_different_words(tmp_path: Path) -> None:
+    pytest.importorskip("espeakng_loader")
+    spoken = utterances(toy_words.SPOKEN, 16_000)
+    assert set(spoken) == set(toy_words.SPOKEN)
+    for waves in spoken.values():
+        assert len(waves) == 8
+        for wave in waves:
+            assert 0.2 < len(wave) / 16_000 < 1.2
+            assert abs(wave).max() == pytest.approx(1)
+    quiet = np.full(32_000, 0.2, np.float32)
+    word = spoken["seven"][0]
+    mixed = synthetic.add_speech(quiet, word, np.random.default_rng(0))
+    changed = np.flatnonzero(mixed != quiet)
+    for sound in synthetic.SOUNDS:
+        ratios = []
+        for i, said in enumerate(toy_words.SPOKEN):
+            under = synthetic.synthesise(sound, 2.0, np.random.default_rng(i))
+            heard = synthetic.add_speech(under, spoken[said][0], np.random.default_rng(i))
+            place = np.flatnonzero(heard != under)
+            turned_down = 0.25 * under[place]
+            voice = heard[place] - turned_down
+            ratios.append((voice**2).mean() / (turned_down**2).mean())
+        assert np.median(ratios) > 1.5, sound
+    assert len(changed) == pytest.approx(len(word), rel=0.05)
+    assert abs(mixed).max() > 0.6
+    one = write_toyworld(tmp_path / "1", 3, 7, size=16, num_frames=16, speech=True)
+    two = write_toyworld(tmp_path / "2", 3, 7, size=16, num_frames=16, speech=True, workers=2)
+    assert one.read_bytes() == two.read_bytes()
+    for path in sorted((tmp_path / "1" / "videos").iterdir()):
+        assert path.read_bytes() == (tmp_path / "2" / "videos" / path.name).read_bytes()
+
+
+def test_speech_is_the_same_each_time_and_differs_by_word() -> None:
+    pytest.importorskip("espeakng_loader")
+    once = utterances(("seven", "coffee"), 16_000)
+    utterances.cache_clear()
+    again = utterances(("seven", "coffee"), 16_000)
+    for word, waves in once.items():
+        assert all(np.array_equal(a, b) for a, b in zip(waves, again[word], strict=True))
+    config = SoundConfig(num_frames=48)
+
+    def spectrum(wave: np.ndarray) -> np.ndarray:
+        return fbank(torch.from_numpy(wave), config).numpy().ravel()
+
+    # two speeds of a voice are closer than two words at one speed
+    seven, faster, coffee = (spectrum(w) for w in (*again["seven"][:2], again["coffee"][0]))
+    assert np.corrcoef(seven, faster)[0, 1] > np.corrcoef(seven, coffee)[0, 1]
+
+
+def test_a_failure_of_espeak_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("espeakng_loader")
+    monkeypatch.setattr(speech, "_CHILD", "raise OSError('no voice today')")
+    with pytest.raises(RuntimeError, match=r"espeak must speak: (?s:.*)no voice today"):
+        utterances(("nothing",), 16_000)
+
+
+def test_speech_without_its_package_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    utterances.cache_clear()
+    with pytest.raises(RuntimeError, match=r"pip install iv2\[speech\]"):
+        write_toyworld(tmp_path, 1, 0, speech=True)
 
 
 def test_sound_is_written_in_time_with_the_picture(tmp_path: Path) -> None:
@@ -205,13 +325,23 @@ def test_sound_is_written_in_time_with_the_picture(tmp_path: Path) -> None:
         ("size", 8, "size must be at least 16, got 8"),
         ("size", 33, "size must be even, got 33"),
         ("num_frames", 0, "num_frames must be at least 1, got 0"),
-        ("fps", 0, "fps must be at least 1, got 0"),
+        ("scenes", -1, "scenes must be at least 0, got -1"),
+        ("scenes", 1001, "scenes must be at most 1000, got 1001"),
         ("workers", 0, "workers must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, name: str, value: int, expected: str) -> None:
     with pytest.raises(ValueError, match=f"toyworld: {expected}"):
         write_toyworld(tmp_path, **{"num": 1, "seed": 0, name: value})
+
+
+def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num must be at most 12, 6 clips a scene, got 13"):
+        write_toyworld(tmp_path, 13, 0, scenes=2)
+    with pytest.raises(ValueError, match="num must be at most 120, 60 clips a scene, got 121"):
+        write_toyworld(tmp_path, 121, 0, scenes=2, speech=True)
+    with pytest.raises(ValueError, match="num_frames must be at least 8 for speech, got 7"):
+        write_toyworld(tmp_path, 1, 0, num_frames=7, speech=True)
 
 
 def test_unknown_names() -> None:

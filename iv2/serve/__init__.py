@@ -1,0 +1,1 @@
+"""Embedding and searching folders of video."""
