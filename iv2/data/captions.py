@@ -54,12 +54,12 @@ class Tokenizer:
             )
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         special = {}
-        for name in ("[PAD]", "[CLS]", "[SEP]", "[MASK]"):
+        for name in ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"):
             number = self._tokenizer.token_to_id(name)
             if number is None:
                 raise ValueError(f"Tokenizer: the vocabulary must have {name}: {folder}")
             special[name] = number
-        self.pad_id, self.cls_id, self.sep_id, self.mask_id = special.values()
+        self.pad_id, self.cls_id, self.sep_id, self.mask_id, _ = special.values()
 
     def encode(self, captions: Sequence[str], max_tokens: int = 32) -> PackedText:
         """[CLS] caption [SEP] of each; of a longer one the end is cut off before [SEP].
@@ -83,7 +83,8 @@ class Tokenizer:
 
     def decode(self, ids: Tensor) -> str:
         """Words of tokens, special ones left out."""
-        return str(self._tokenizer.decode(ids.tolist()))
+        special = {self.pad_id, self.cls_id, self.sep_id, self.mask_id}
+        return str(self._tokenizer.decode([i for i in ids.tolist() if i not in special]))
 
 
 def _word_piece(vocabulary: Path) -> Any:

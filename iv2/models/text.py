@@ -347,9 +347,21 @@ class TextEncoder(nn.Module):
             text: R sequences.
             media: From ``project_media``.
             media_ids: Which of the B media each text looks at, without decreasing.
+
+        Raises:
+            ValueError: media_ids are not one a text, decrease, or name none of the media.
         """
         keys = media[0][0]
         batch, tokens = keys.shape[:2]
+        if len(media_ids) != len(text):
+            raise ValueError(
+                f"TextEncoder: media_ids must be {len(text)}, one a text, got {len(media_ids)}"
+            )
+        if (F.pad(media_ids, (1, 0)).diff() < 0).any() or (media_ids >= batch).any():
+            raise ValueError(
+                f"TextEncoder: media_ids must be in [0, {batch}) and not decrease, "
+                f"got {media_ids.tolist()}"
+            )
         # rows of text before each of the media: the queries of one lie side by side
         edges = torch.searchsorted(media_ids, torch.arange(batch + 1, device=media_ids.device))
         cu_q = text.cu_seqlens[edges]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -194,6 +195,16 @@ def test_config_errors(encoder):
     assert TEXT["bert-large"].fusion_layer == 19
 
 
+def test_fuse_errors(encoder):
+    text, media = packed(3, 2), encoder.project_media(torch.randn(2, 7, 20))
+    hidden = encoder.encode(text)
+    with pytest.raises(ValueError, match="media_ids must be 2, one a text, got 1"):
+        encoder.fuse(hidden, text, media, torch.tensor([0]))
+    for ids in ([1, 0], [0, 2], [-1, 0]):
+        with pytest.raises(ValueError, match=r"media_ids must be in \[0, 2\) and not decrease"):
+            encoder.fuse(hidden, text, media, torch.tensor(ids))
+
+
 # ---- captions
 
 
@@ -209,10 +220,29 @@ def test_tokens(tokenizer):
     ends = text.cu_seqlens[1:].long() - 1
     assert text.ids[ends].tolist() == [tokenizer.sep_id] * 4
     assert text.max_seqlen == 6
-    assert tokenizer.decode(text.ids[1:3]) == "red bar"
+    assert tokenizer.decode(text.ids[:4]) == "red bar"
 
 
-def test_tokenizer_errors(tokenizer, tmp_path):
+def test_tokenizer_json_is_the_same(tokenizer, tmp_path):
+    tokenizer._tokenizer.save(str(tmp_path / "tokenizer.json"))
+    other, captions = Tokenizer(tmp_path), ["red bar", "", "красный", "Bár, red"]
+    one, two = tokenizer.encode(captions), other.encode(captions)
+    assert torch.equal(one.ids, two.ids)
+    assert torch.equal(one.cu_seqlens, two.cu_seqlens)
+    assert other.vocab_size == tokenizer.vocab_size
+
+
+def test_word_pieces_are_those_of_transformers(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    write_vocabulary(tmp_path)
+    theirs = transformers.BertTokenizer.from_pretrained(str(tmp_path))
+    captions = ["red bar", "", "красный red", "Rêd,bar 日本"]
+    text = tokenizer.encode(captions)
+    expected = theirs(captions)["input_ids"]
+    assert [part.tolist() for part in text.ids.split(text.cu_seqlens.diff().tolist())] == expected
+
+
+def test_tokenizer_errors(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"folder must hold vocab.txt or tokenizer.json"):
         Tokenizer(tmp_path)
     (tmp_path / "vocab.txt").write_text("[UNK]\n[PAD]\n[SEP]\n[MASK]\nred\n")
@@ -222,6 +252,9 @@ def test_tokenizer_errors(tokenizer, tmp_path):
         tokenizer.encode([])
     with pytest.raises(ValueError, match="max_tokens must be at least 2, got 1"):
         tokenizer.encode(["red"], 1)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(RuntimeError, match=r"pip install iv2\[stage2\]"):
+        Tokenizer(tmp_path)
 
 
 def test_masking(tokenizer):
