@@ -102,9 +102,28 @@ def load_checkpoint(
         ValueError: Tensors are missing or have other sizes; they are named, and the model is
             left as it was.
     """
+    return load_weights(
+        model,
+        read_weights(path),
+        path,
+        allow_missing=allow_missing,
+        prefix=prefix,
+        num_frames=num_frames,
+    )
+
+
+def load_weights(
+    model: nn.Module,
+    found: Mapping[str, Tensor],
+    source: str | os.PathLike[str],
+    *,
+    allow_missing: Iterable[str] = (),
+    prefix: str | None = None,
+    num_frames: int | None = None,
+) -> Report:
+    """``load_checkpoint`` of tensors by name; ``source`` is what messages call them."""
     own = model.state_dict()
-    found = read_weights(path)
-    prefix = _best_prefix(found, own) if prefix is None else prefix
+    prefix = best_prefix(found, own) if prefix is None else prefix
     stripped = {name[len(prefix) :]: t for name, t in found.items() if name.startswith(prefix)}
     ready: dict[str, Tensor] = {}
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -120,11 +139,11 @@ def load_checkpoint(
                 reshaped[name] = (tuple(there.shape), shape)
     allowed = tuple(allow_missing)
     missing = tuple(n for n in own if n not in ready)
-    _check_complete(path, own, missing, misfits, allowed)
+    _check_complete(source, own, missing, misfits, allowed)
     _assign(model, own, ready, missing)
     unexpected = tuple(n for n in found if n[len(prefix) :] not in own or not n.startswith(prefix))
     loaded = tuple(n for n in own if n in ready)
-    return Report(Path(path), prefix, loaded, missing, unexpected, reshaped)
+    return Report(Path(source), prefix, loaded, missing, unexpected, reshaped)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -294,7 +313,9 @@ def _check_plain(value: Any, where: str) -> None:
         )
 
 
-def _best_prefix(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+def best_prefix(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What of ``PREFIXES`` stands in front of most of a model's names in a file."""
+
     def matches(prefix: str) -> int:
         return sum(n.startswith(prefix) and n[len(prefix) :] in own for n in found)
 

@@ -4,11 +4,50 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from iv2.stages.dual_encoder import DualEncoder
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model: that of a run, or published weights."""
+
+    # Folder of a stage-2 or CLIP run.
+    run: Path | None = None
+    # Instead of a run: the recipe whose towers the weights are for.
+    recipe: str = ""
+    # A file to load, such as a published one.
+    weights: Path | None = None
+    # Folder with the vocabulary; that of the run by default.
+    tokenizer: Path | None = None
+    # Of a CLIP model: file of the frozen video encoder; that of the run by default.
+    vision: Path | None = None
+    # Of a CLIP model: file of the frozen text tower; that of the run by default.
+    text: Path | None = None
+
+    def load(self) -> tuple[DualEncoder, Any]:
+        """The model, and the configuration of its run."""
+        from iv2.stages.dual_encoder import load_dual_encoder
+
+        return load_dual_encoder(
+            self.run or "",
+            recipe=self.recipe,
+            weights=self.weights or "",
+            tokenizer=self.tokenizer or "",
+            vision=self.vision or "",
+            text=self.text or "",
+        )
+
+
+# Its flags without a prefix.
+Model = tyro.conf.OmitArgPrefixes[ModelFlags]
 
 
 def info(json: bool = False) -> None:
@@ -112,10 +151,7 @@ def _train(argv: Sequence[str]) -> None:
 
 def retrieval(
     data: Path,
-    run: Path | None = None,
-    recipe: str = "",
-    weights: Path | None = None,
-    tokenizer: Path | None = None,
+    model: Model,
     media: Literal["vision", "audio", "audio_video"] = "vision",
     caption: Literal["visual", "audio", "speech", "av", "avs"] = "visual",
     k: int = 128,
@@ -125,19 +161,15 @@ def retrieval(
 
     Args:
         data: List of clips with captions.
-        run: Folder of a stage-2 run.
-        recipe: Instead of a run: the recipe whose towers the weights are for.
-        weights: A file to load, such as a published one.
-        tokenizer: Folder with the vocabulary; that of the run by default.
+        model: Which model.
         media: What is compared with the captions.
         caption: Their kind.
         k: How many are re-ranked by the matching head; 0: none.
         json: Write the table as JSON.
     """
     from iv2.eval import retrieval as page
-    from iv2.stages.stage2 import load_stage2
 
-    loaded = load_stage2(run or "", recipe=recipe, weights=weights or "", tokenizer=tokenizer or "")
+    loaded = model.load()
     table = page.evaluate(*loaded, data, media, caption, k=k)
     print(page.as_text(table))
     if json:
@@ -147,10 +179,7 @@ def retrieval(
 def zero_shot(
     data: Path,
     attribute: str,
-    run: Path | None = None,
-    recipe: str = "",
-    weights: Path | None = None,
-    tokenizer: Path | None = None,
+    model: Model,
     templates: tuple[str, ...] = ("a {}", "a video of a {}", "we see a {}"),
     media: Literal["vision", "audio", "audio_video"] = "vision",
 ) -> None:
@@ -159,17 +188,13 @@ def zero_shot(
     Args:
         data: List of clips with attributes.
         attribute: Which of them is the class.
-        run: Folder of a stage-2 run.
-        recipe: Instead of a run: the recipe whose towers the weights are for.
-        weights: A file to load, such as a published one.
-        tokenizer: Folder with the vocabulary; that of the run by default.
+        model: Which model.
         templates: Sentences with {} in the place of the class.
         media: What is classified.
     """
     from iv2.eval.retrieval import evaluate_zero_shot
-    from iv2.stages.stage2 import load_stage2
 
-    loaded = load_stage2(run or "", recipe=recipe, weights=weights or "", tokenizer=tokenizer or "")
+    loaded = model.load()
     found = evaluate_zero_shot(*loaded, data, attribute, templates, media)
     print(
         f"{attribute}: {found['clips']} clips, {found['classes']} classes, "
@@ -190,10 +215,7 @@ def _eval(argv: Sequence[str]) -> None:
 def embed(
     source: tyro.conf.Positional[Path],
     out: Path,
-    run: Path | None = None,
-    recipe: str = "",
-    weights: Path | None = None,
-    tokenizer: Path | None = None,
+    model: Model,
     media: Literal["vision", "audio", "audio_video"] = "vision",
     seconds: float = 10.0,
 ) -> None:
@@ -202,19 +224,13 @@ def embed(
     Args:
         source: What to embed; videos that cannot be read are listed and left out.
         out: The index (.safetensors).
-        run: Folder of a stage-2 run.
-        recipe: Instead of a run: the recipe whose towers the weights are for.
-        weights: A file to load, such as a published one.
-        tokenizer: Folder with the vocabulary; that of the run by default.
+        model: Which model.
         media: What is embedded.
         seconds: Longest segment.
     """
     from iv2.serve.index import embed as embed_source
-    from iv2.stages.stage2 import load_stage2
 
-    stage, config = load_stage2(
-        run or "", recipe=recipe, weights=weights or "", tokenizer=tokenizer or ""
-    )
+    stage, config = model.load()
     index = embed_source(stage, source, config.data.clip, seconds=seconds, media=media)
     index.save(out)
     print(f"{out}: {len(index.segments)} segments, {len(index.skipped)} videos skipped")
@@ -225,10 +241,7 @@ def embed(
 def search(
     query: tyro.conf.Positional[str],
     index: Path,
-    run: Path | None = None,
-    recipe: str = "",
-    weights: Path | None = None,
-    tokenizer: Path | None = None,
+    model: Model,
     top: int = 5,
     sheet: Path | None = None,
     json: bool = False,
@@ -238,21 +251,15 @@ def search(
     Args:
         query: For example "a red triangle moving left".
         index: Written by `iv2 embed`, with the same model.
-        run: Folder of a stage-2 run.
-        recipe: Instead of a run: the recipe whose towers the weights are for.
-        weights: A file to load, such as a published one.
-        tokenizer: Folder with the vocabulary; that of the run by default.
+        model: Which model.
         top: How many segments.
         sheet: Write a contact sheet (PNG): four frames of each segment.
         json: Print JSON instead of text.
     """
     from iv2.serve.index import Index, contact_sheet
     from iv2.serve.index import search as search_index
-    from iv2.stages.stage2 import load_stage2
 
-    stage, _ = load_stage2(
-        run or "", recipe=recipe, weights=weights or "", tokenizer=tokenizer or ""
-    )
+    stage, _ = model.load()
     found = search_index(stage, Index.load(index), query, top)
     if json:
         print(dumps(found, indent=1))
@@ -267,7 +274,10 @@ COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "info": ("versions, instruction sets, decoders, the choice per op", info),
     "toyworld": ("write videos of moving shapes with sounds and captions", toyworld),
     "train": ("train a recipe: iv2 train stage1-tiny --data.path FOLDER", _train),
-    "eval": ("evaluate a stage-2 model on a list: iv2 eval retrieval, iv2 eval zero-shot", _eval),
+    "eval": (
+        "evaluate a stage-2 or CLIP model on a list: iv2 eval retrieval, iv2 eval zero-shot",
+        _eval,
+    ),
     "embed": ("embed a folder of videos: iv2 embed FOLDER --run RUN --out INDEX", embed),
     "search": ('find segments: iv2 search "a red bar" --run RUN --index INDEX', search),
     "convert": ("rewrite a published checkpoint as safetensors", convert),

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from iv2.data.loader import ClipConfig
 from iv2.models.audio import AudioConfig
+from iv2.models.clip import ClipModelConfig
 from iv2.models.stage2 import Stage2ModelConfig
 from iv2.models.text import TextConfig
 from iv2.models.vision_config import VisionConfig
@@ -214,6 +215,49 @@ class Stage2Config:
 
 
 @dataclass(frozen=True)
+class ClipStageConfig:
+    """Contrastive learning of two towers, most of which is frozen."""
+
+    # The text tower, and what joins the towers.
+    joint: ClipModelConfig = field(default_factory=ClipModelConfig)
+    # Folder with the vocabulary of the text tower; of a LLaMA also its config.json.
+    tokenizer: str = ""
+    # Weights of the video encoder: of stage 2, or of fine-tuning.
+    vision_init: str = ""
+    # Weights of the text tower, a file or a folder of transformers.
+    text_init: str = ""
+    # Weights of another CLIP model, whole or the trained part; they have the last word.
+    clip_init: str = ""
+    # What is trained: modules, parameters, or patterns such as *lora_*. All else is frozen, and
+    # comes from the files.
+    trained: tuple[str, ...] = ("vision_encoder.clip_projector", "temp")
+    # Longest caption, in tokens with those for start and end, and the prompt.
+    max_tokens: int = 77
+    # Which captions are learnt from.
+    caption: Literal["visual", "audio", "speech", "av", "avs"] = "visual"
+    # Rows that the loss compares: those of all ranks, gathered or sent around a ring, or each
+    # rank's own.
+    gather: Literal["gather", "ring", "local"] = "gather"
+    # exact: the gradient of the loss over all ranks; upstream: that of the released code, whose
+    # part of the features is 1 / ranks of it.
+    grad_mode: Literal["exact", "upstream"] = "exact"
+
+    def __post_init__(self) -> None:
+        if not self.trained:
+            raise ValueError("ClipStageConfig: trained must name at least one module, got none")
+        if self.max_tokens < 2:
+            raise ValueError(
+                f"ClipStageConfig: max_tokens must be at least 2, got {self.max_tokens}"
+            )
+        longest = self.joint.text.max_positions
+        if self.joint.llama is None and self.max_tokens > longest:
+            raise ValueError(
+                f"ClipStageConfig: max_tokens must be at most max_positions {longest}, "
+                f"got {self.max_tokens}"
+            )
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Supervised classification."""
 
@@ -230,7 +274,7 @@ class TrainConfig:
     """A run."""
 
     # What is trained for.
-    stage: Literal["stage1", "stage2", "finetune"] = "stage1"
+    stage: Literal["stage1", "stage2", "clip", "finetune"] = "stage1"
     # Folder of the run: config.json, log.jsonl, skipped.jsonl, checkpoints.
     run_dir: str = "runs/run"
     # Seed of weights, samples and masks.
@@ -257,6 +301,8 @@ class TrainConfig:
     audio: AudioConfig | None = None
     # Contrastive, matching and masked-language learning.
     stage2: Stage2Config = field(default_factory=Stage2Config)
+    # The CLIP variant of stage 2.
+    clip: ClipStageConfig = field(default_factory=ClipStageConfig)
     # Supervised classification.
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     # Steps between log lines.
@@ -288,6 +334,10 @@ FREE_FIELDS = frozenset(
         "stage2.text_init",
         "stage2.audio_init",
         "stage2.tokenizer",
+        "clip.vision_init",
+        "clip.text_init",
+        "clip.clip_init",
+        "clip.tokenizer",
     }
 )
 

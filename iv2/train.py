@@ -35,6 +35,7 @@ from iv2.distributed import world as join_world
 from iv2.models.vision import VisionEncoder
 from iv2.optim import AdamW, Schedule, parameter_groups
 from iv2.run_folder import Log, Progress, checkpoints, latest_checkpoint, replace_text, step_of
+from iv2.stages.clip import ClipStage, build_clip_stage
 from iv2.stages.finetune import build_finetune, find_classes
 from iv2.stages.stage1 import build_stage1
 from iv2.stages.stage2 import Stage2, build_stage2
@@ -142,13 +143,14 @@ def run(config: TrainConfig) -> Result:
         samples = [sample for source in sources for sample in source]
         torch.manual_seed(config.seed)  # the same weights in each process
         stage, config = build_stage(config, samples, world.device)
-        if config.init and latest_checkpoint(config.run_dir) is None:
+        is_new = latest_checkpoint(config.run_dir) is None
+        if config.init and is_new:
             load_checkpoint(stage.trained, config.init, allow_missing=config.init_allow_missing)
-        if isinstance(stage, Stage2) and latest_checkpoint(config.run_dir) is None:
-            stage.load_towers()
-            if world.is_main:  # the run's own, so that its folder can be moved
-                Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-                stage.tokenizer.save(config.run_dir)
+        if isinstance(stage, ClipStage) or (isinstance(stage, Stage2) and is_new):
+            stage.load_towers()  # what is frozen is in no checkpoint
+        if isinstance(stage, Stage2 | ClipStage) and is_new and world.is_main:
+            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+            stage.tokenizer.save(config.run_dir)  # the run's own, so that its folder can be moved
         torch.manual_seed(config.seed + world.rank)
         with _batches(config, sources, world) as batches:
             return train(stage, batches, config, world)
@@ -210,6 +212,13 @@ def build_stage(
         return stage1, replace(config, model=stage1.student.config)
     if config.stage == "stage2":
         return build_stage2(config.model, config.text, config.audio, config.stage2, device), config
+    if config.stage == "clip":
+        if config.init:
+            raise ValueError(
+                "train: init must be empty for stage clip, whose files are clip.vision_init, "
+                f"clip.text_init and clip.clip_init, got {config.init}"
+            )
+        return build_clip_stage(config.model, config.clip, device), config
     classes = find_classes(samples, config.finetune.attributes)
     finetune = build_finetune(config.model, config.finetune, classes, device)
     if isinstance(finetune.model, VisionEncoder):
@@ -272,7 +281,7 @@ class _Run:
                     self._save()
         weights = self.run_dir / "model.safetensors"
         if main and (self.step > first or not weights.exists()):
-            save_weights(self.stage.trained.state_dict(), weights)
+            save_weights(self._weights(), weights)
         self.world.barrier()
         return Result(self.run_dir, self.step, first, losses)
 
@@ -400,7 +409,8 @@ class _Run:
             if processes != self.world.size:
                 _check_same(path, "processes", [f"{self.world.size} (there {processes})"])
             mine = state["ranks"][self.world.rank]
-            self.stage.trained.load_state_dict(state["model"])
+            lacking, unknown = self.stage.trained.load_state_dict(state["model"], strict=False)
+            _check_same(path, "weights", [*unknown, *sorted(set(lacking) ^ self._elsewhere)])
             self.optimizer.load_state_dict(state["optimizer"])
             self.batches.load_state_dict(mine["data"])
             torch.set_rng_state(mine["rng"])
@@ -409,6 +419,15 @@ class _Run:
             self.step = state["step"]
         except KeyError as error:
             raise CheckpointError(path, f"is no checkpoint of a run: no {error}") from error
+
+    @property
+    def _elsewhere(self) -> frozenset[str]:
+        """Weights that the run does not save: frozen ones that have files of their own."""
+        return getattr(self.stage, "elsewhere", frozenset())
+
+    def _weights(self) -> dict[str, Tensor]:
+        state, elsewhere = self.stage.trained.state_dict(), self._elsewhere
+        return {name: tensor for name, tensor in state.items() if name not in elsewhere}
 
     def _save(self) -> None:
         mine: dict[str, Any] = {"data": self.batches.state_dict(), "rng": torch.get_rng_state()}
@@ -422,7 +441,7 @@ class _Run:
             path,
             {
                 "step": self.step,
-                "model": self.stage.trained.state_dict(),
+                "model": self._weights(),
                 "optimizer": self.optimizer.state_dict(),
                 "config": to_dict(self.config),
                 "stage": self.stage.description,

@@ -22,7 +22,7 @@ from iv2.distributed import World
 from iv2.eval.features import ordered_batches
 from iv2.models.stage2 import Media, Seen, Stage2Model
 from iv2.models.text import PackedText
-from iv2.stages.stage2 import Stage2
+from iv2.stages.dual_encoder import DualEncoder
 
 # What a pair that was not re-ranked scores.
 _UNSCORED = -100.0
@@ -55,7 +55,7 @@ class TextSet:
 
 @torch.no_grad()
 def encode_media(
-    stage: Stage2,
+    stage: DualEncoder,
     batches: Iterable[dict[str, Any]],
     media: Media = "vision",
     *,
@@ -93,7 +93,7 @@ def encode_media(
 
 @torch.no_grad()
 def encode_texts(
-    stage: Stage2,
+    stage: DualEncoder,
     captions: Sequence[str],
     *,
     batch_size: int = 256,
@@ -136,7 +136,7 @@ def dual_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def match_scores(
-    stage: Stage2,
+    stage: DualEncoder,
     media: MediaSet,
     texts: TextSet,
     kind: Media = "vision",
@@ -226,7 +226,7 @@ def recalls(
 
 
 def retrieval(
-    stage: Stage2,
+    stage: DualEncoder,
     media: MediaSet,
     texts: TextSet,
     media_ids: Tensor,  # [V]
@@ -263,7 +263,7 @@ def group_ids(captions: Sequence[str]) -> Tensor:
 
 
 def zero_shot(
-    stage: Stage2,
+    stage: DualEncoder,
     media: MediaSet,
     classes: Sequence[str],
     templates: Sequence[str],
@@ -282,7 +282,7 @@ def zero_shot(
 
 
 def evaluate(
-    stage: Stage2,
+    stage: DualEncoder,
     config: TrainConfig,
     data: str | Path,
     media: Media = "vision",
@@ -333,7 +333,7 @@ def evaluate(
 
 
 def evaluate_zero_shot(
-    stage: Stage2,
+    stage: DualEncoder,
     config: TrainConfig,
     data: str | Path,
     attribute: str,

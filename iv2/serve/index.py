@@ -18,7 +18,7 @@ from iv2.data.loader import ClipConfig
 from iv2.eval.features import ordered_batches
 from iv2.eval.retrieval import encode_media, encode_texts
 from iv2.models.stage2 import Media
-from iv2.stages.stage2 import Stage2
+from iv2.stages.dual_encoder import DualEncoder
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def cut(paths: Sequence[Sample], seconds: float) -> tuple[list[Sample], dict[str
 
 
 def embed(
-    stage: Stage2,
+    stage: DualEncoder,
     source: str | Path,
     clip: ClipConfig,
     *,
@@ -133,13 +133,13 @@ def embed(
     return Index(torch.cat(features), rows, skipped)
 
 
-def _one(stage: Stage2, segment: Sample, clip: ClipConfig, media: Media) -> Tensor:
+def _one(stage: DualEncoder, segment: Sample, clip: ClipConfig, media: Media) -> Tensor:
     device = stage.model.temp.device
     batches = ordered_batches([segment], replace(clip, min_frames=1), 1, crop="whole")
     return encode_media(stage, batches, media, keep_tokens=False, device=device).features
 
 
-def search(stage: Stage2, index: Index, query: str, top: int = 5) -> list[dict[str, Any]]:
+def search(stage: DualEncoder, index: Index, query: str, top: int = 5) -> list[dict[str, Any]]:
     """The best segments for a sentence: path, start, end and cosine, best first.
 
     Raises:
