@@ -58,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("hard_negatives_columns") = iv2::kHardNegativesColumns;
   m.def("attention_fwd_scratch", &iv2::attention_fwd_scratch);
   m.def("attention_bwd_scratch", &iv2::attention_bwd_scratch);
+  m.def("attention_bwd_is_long", &iv2::attention_bwd_is_long);
   m.def("attention_key_chunks", &iv2::attention_key_chunks);
   m.def("isa", &iv2::cpu::isa);
   m.def("set_isa", &iv2::cpu::set_isa);

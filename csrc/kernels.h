@@ -252,7 +252,7 @@ struct AttentionBwd {
   int64_t k_batch, k_token, k_head;
   int64_t v_batch, v_token, v_head;
   int64_t dq_token, dkv_token;
-  int64_t key_chunks;  // attention_key_chunks(batch, kv_heads, k_len)
+  int64_t key_chunks;  // attention_key_chunks(batch, kv_heads, k_len); 1 of long sequences
   int64_t dtype, causal;
   double scale;
   int64_t threads;
@@ -266,22 +266,37 @@ static constexpr int64_t attention_blocks(int64_t tokens) {
 }
 static constexpr int64_t attention_pad(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
-// Floats of scratch a thread needs: packed keys and values of a sequence, and tiles.
-static constexpr int64_t attention_fwd_scratch(int64_t head_dim, int64_t k_len) {
-  const int64_t pad = attention_pad(head_dim);
-  return kAttentionBlock * ((attention_blocks(k_len) + 1) * (2 * pad + 2) + 4 * pad + 145);
+// Extra memory does not grow beyond this many tokens: forward goes over longer sequences in spans
+// of so many keys, with the sums of kAttentionGroup tiles of queries at hand; backward goes over
+// them twice, for the gradients of k and v and then for that of q.
+static constexpr int64_t kAttentionSpan = 8192;
+static constexpr int64_t kAttentionGroup = 16;
+static constexpr int64_t attention_span(int64_t tokens) {
+  return tokens < kAttentionSpan ? tokens : kAttentionSpan;
 }
-// The same: packed queries and output gradients of a sequence with the gradient of q, the gradients
-// of k and v (of one block, or of a sequence when heads share them), and tiles.
+static constexpr bool attention_bwd_is_long(int64_t q_len, int64_t k_len, int64_t heads_per_kv) {
+  return q_len > kAttentionSpan || (heads_per_kv > 1 && k_len > kAttentionSpan);
+}
+
+// Floats of scratch a thread needs: packed keys and values of a span, and tiles.
+static constexpr int64_t attention_fwd_scratch(int64_t head_dim, int64_t k_len) {
+  const int64_t pad = attention_pad(head_dim), blocks = attention_blocks(attention_span(k_len)) + 1;
+  const int64_t group = k_len > kAttentionSpan ? kAttentionGroup : 1;
+  return kAttentionBlock * (blocks * (2 * pad + 2) + 2 * pad + 128 + group * (2 * pad + 18));
+}
+// The same: packed queries and output gradients of a span with the gradient of q, the gradients of
+// k and v (of one block, of a group of them, or of a sequence when heads share them), and tiles.
 static constexpr int64_t attention_bwd_scratch(int64_t head_dim, int64_t q_len, int64_t k_len,
                                                int64_t heads_per_kv) {
-  const int64_t pad = attention_pad(head_dim);
-  const int64_t k_blocks = heads_per_kv > 1 ? attention_blocks(k_len) : 1;
-  return kAttentionBlock * (attention_blocks(q_len) * (5 * pad + 2) + k_blocks * 2 * pad + 4 * pad +
-                            3 * kAttentionBlock + 1);
+  const int64_t pad = attention_pad(head_dim), q_blocks = attention_blocks(attention_span(q_len));
+  const int64_t k_blocks = attention_bwd_is_long(q_len, k_len, heads_per_kv) ? kAttentionGroup
+                           : heads_per_kv > 1 ? attention_blocks(k_len)
+                                              : 1;
+  return kAttentionBlock *
+         (q_blocks * (5 * pad + 2) + k_blocks * 2 * pad + 4 * pad + 3 * kAttentionBlock + 1);
 }
 // Backward splits the keys of few heads into chunks, which are summed in order; a function of the
-// shape alone, so that results do not depend on the number of threads.
+// shape alone, so that results do not depend on the number of threads. Long ones are not split.
 static constexpr int64_t attention_key_chunks(int64_t batch, int64_t kv_heads, int64_t k_len) {
   const int64_t tasks = batch * kv_heads > 0 ? batch * kv_heads : 1;
   const int64_t wanted = (15 + tasks) / tasks, most = k_len / 512 > 0 ? k_len / 512 : 1;

@@ -211,7 +211,8 @@ def backward(
     longest = options.max_seqlen_q, options.max_seqlen_k
     # With lists, as many as keys in the average query's would make.
     seen = longest[1] if options.lists is None else options.lists.pairs // longest[0]
-    chunks = _C.attention_key_chunks(sequences, kv_heads, seen)
+    is_long = _C.attention_bwd_is_long(*longest, heads // kv_heads)
+    chunks = 1 if is_long else _C.attention_key_chunks(sequences, kv_heads, seen)
     partial = direct = None
     if dq is None or chunks > 1:
         partial = torch.empty(chunks, queries, heads, head_dim)

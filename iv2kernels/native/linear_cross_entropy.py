@@ -108,8 +108,11 @@ def _wide_chunk(
     if problem.bias is not None:
         logits += problem.bias
     _softmax(problem, logits, target, losses)
-    if problem.needs[1]:
+    if problem.needs[1] and problem.dweight.dtype == torch.float32:
         problem.dweight.addmm_(logits.t(), wide, beta=0 if first else 1)
+    elif problem.needs[1]:  # the only chunk
+        for part in problem.slices():
+            problem.dweight[part].copy_(torch.mm(logits[:, part].t(), wide))
     if not problem.needs[0]:
         return x.new_empty(0)
     dx = torch.zeros_like(wide)

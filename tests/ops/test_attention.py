@@ -295,16 +295,76 @@ def test_errors_of_packed():
         packed([0, 6, 10], 5)
 
 
-def test_extra_memory_is_packed_keys_and_values_of_one_head():
+SPAN = 8192  # csrc/kernels.h: kAttentionSpan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("q_len", "k_len", "heads", "kv_heads"),
+    [
+        (70, 2 * SPAN + 100, 2, 1),  # forward in three spans of keys; keys of shared heads
+        (SPAN + 100, 90, 2, 2),  # gradients in two passes
+    ],
+)
+def test_long_sequences(isa, dtype, q_len, k_len, heads, kv_heads, causal):
+    native, reference = pair(causal, return_lse=not causal or q_len <= k_len)
+    inputs = random(dtype, (1, q_len, heads, 8), (1, k_len, kv_heads, 8))
+    check(native, reference, inputs, WRT)
+
+
+def test_long_self_attention():
+    inputs = random(torch.float32, (1, SPAN + 1, 1, 8), (1, SPAN + 1, 1, 8))
+    check(*pair(causal=True), inputs, WRT)
+
+
+def test_long_packed_sequences():
+    """A short one beside a long one, and one of none."""
+    cu_q = torch.tensor([0, 40, SPAN + 150, SPAN + 150], dtype=torch.int32)
+    cu_k = torch.tensor([0, SPAN + 30, SPAN + 90, SPAN + 99], dtype=torch.int32)
+    packed = k.Packed(cu_q, SPAN + 110, cu_k, SPAN + 30)
+    inputs = random(torch.float32, (int(cu_q[-1]), 2, 8), (int(cu_k[-1]), 1, 8))
+    check(*pair(packed=packed), inputs, WRT)
+
+
+def test_long_results_do_not_depend_on_threads():
+    inputs = random(torch.bfloat16, (1, SPAN + 300, 2, 16), (1, SPAN + 200, 1, 16))
+    native, _ = pair()
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            found.append(run(native, inputs, WRT))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_extra_memory_is_constant(backward):
     def extra(batch, tokens, heads):
-        x = torch.randn(1, tokens, 1, 16).bfloat16().expand(batch, tokens, heads, 16)
+        base = torch.randn(1, tokens, 1, 16).bfloat16()
+        x = base.expand(batch, tokens, heads, 16).requires_grad_(backward)
         results = 2 * x.numel() + 4 * batch * heads * tokens
-        return 1e6 * peak_memory(lambda: k.attention(x, x, x, impl="native")) - results
+
+        def call():
+            o = k.attention(x, x, x, impl="native")
+            if backward:
+                torch.ops.iv2kernels.attention_bwd(o, None, x, x, x, *saved, *options, "native")
+
+        if backward:
+            o, lse = k.attention(x.detach(), x.detach(), x.detach(), return_lse=True)
+            saved, options = (o, lse), (None, None, tokens, tokens, False, 0.25)
+            results += 3 * 2 * x.numel()
+        return 1e6 * peak_memory(call) - results
 
     threads = torch.get_num_threads()
-    # 2 * 16 words and 2 numbers of each key, and tiles
-    assert extra(1, 100_000, 1) < threads * (4 * 34 * 100_000 + 500_000)
-    assert extra(2, 2000, 4) == pytest.approx(extra(1, 2000, 1), rel=0.01)
+    # a span of 5 * 16 + 2 words a token, and tiles
+    assert extra(1, 20_000, 1) < threads * (4 * 82 * SPAN + 1_500_000)
+    assert extra(1, 20_000, 1) == pytest.approx(extra(1, 10_000, 1), rel=0.01)
+    assert extra(2, 10_000, 2) == pytest.approx(extra(1, 10_000, 1), rel=0.01)
 
 
 def test_offsets_beyond_int32(tmp_path):

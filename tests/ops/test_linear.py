@@ -23,11 +23,13 @@ def reference(x, weight, bias=None):
     return op.reference(x, weight, bias)
 
 
-@pytest.fixture(params=["as found", "without oneDNN"])
+@pytest.fixture(params=["as found", "without oneDNN", "without halves"])
 def onednn(request, monkeypatch):
-    """The private op may be absent: torch's own choice must do as well."""
+    """The private op may be absent, or GEMMs of halves: torch's own choice must do as well."""
     if request.param == "without oneDNN":
         monkeypatch.setattr(library, "_ONEDNN", {})
+    if request.param == "without halves":
+        monkeypatch.setattr(library, "WIDEN", {torch.bfloat16, torch.float16})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

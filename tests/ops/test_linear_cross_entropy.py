@@ -53,6 +53,12 @@ def test_matches_float64(isa, small_chunks, dtype, ignored, options):
     check(native, reference, inputs, ALL)
 
 
+@pytest.mark.parametrize("shape", [(101, 64, 1033), (50, 64, 300)])
+def test_without_gemms_of_halves(monkeypatch, small_chunks, shape):
+    monkeypatch.setattr(kernels, "WIDEN", {torch.bfloat16, torch.float16})
+    check(native, reference, make(shape, torch.bfloat16, 0.4), ALL)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_float64_at_real_sizes(dtype):
     check(native, reference, make((96, 128, 30522), dtype, 0.1), ALL)
