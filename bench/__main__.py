@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from bench import base, plot
-from bench.cases import Case, accuracy, candidates, cases
+from bench.cases import Call, Case, accuracy, candidates, cases
 from bench.measure import best, floor_seconds, peak_memory, peaks, spread, times_of
 from iv2kernels import _C, dispatch
 from iv2kernels.timing import median_ratio
@@ -110,7 +110,7 @@ def measure(case: Case, isas: Sequence[str], options: Options) -> list[Any]:
             if other in calls:
                 row[f"x_{other}"] = median_ratio(forward[other], forward[name])
                 row[f"x_{other}_both"] = median_ratio(both[other], both[name])
-        row["goals"] = _judged(case, name, row)
+        row["goals"] = _judged(case, name, row, _rows(call))
         rows.append(row)
     return rows + wrong
 
@@ -124,13 +124,17 @@ def _head(case: Case, name: str) -> dict[str, Any]:
     }
 
 
-def _judged(case: Case, name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(call: Call) -> int:
+    """Of the first tensor, by which dispatch chooses."""
+    return next(len(x) for x in call.inputs.values() if torch.is_tensor(x) and x.dim())
+
+
+def _judged(case: Case, name: str, row: dict[str, Any], rows: int) -> list[dict[str, Any]]:
     """The goals of the case, for the candidate that dispatch would take."""
-    chosen = dispatch.default(
-        getattr(case.page, "STEM", case.op), "cpu", getattr(torch, case.dtype)
-    )
-    widest = f"native {_C.available_isas()[-1]}"
-    if name != (widest if chosen == "native" else chosen):
+    stem = getattr(case.page, "STEM", case.op)
+    chosen = dispatch.default(stem, "cpu", getattr(torch, case.dtype), rows)
+    names = {"native": f"native {_C.available_isas()[-1]}", "reference": "eager"}
+    if name != names.get(chosen, chosen):
         return []
     return [
         {"column": c, "least": least, "value": row[c], "met": row[c] >= least}

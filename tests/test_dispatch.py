@@ -23,6 +23,17 @@ def test_the_argument_beats_use_and_use_beats_the_default():
     assert dispatch.choose("add_rms_norm", x) == "native"
 
 
+def test_rows_of_a_table_may_need_many_rows(monkeypatch):
+    monkeypatch.setattr(dispatch, "_SCALAR_ONLY", [False])
+    prefer = {"cpu": (dispatch.From(100, "native"),)}
+    monkeypatch.setitem(dispatch.PREFER, "siglip_loss", prefer)
+    assert dispatch.choose("siglip_loss", torch.ones(100, 8)) == "native"
+    assert dispatch.choose("siglip_loss", torch.ones(99, 8)) == "reference"
+    assert dispatch.choose("siglip_loss", torch.ones(99, 8), "native") == "native"
+    assert dispatch.default("siglip_loss", "cpu", torch.float32) == "native"
+    assert dispatch.choose("siglip_loss", torch.ones(())) == "reference"
+
+
 def test_use_is_of_one_thread():
     seen = []
     with k.use("reference"):
