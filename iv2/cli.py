@@ -62,13 +62,14 @@ def info(json: bool = False) -> None:
 
 
 def toyworld(
-    out: Path,
+    out: tyro.conf.Positional[Path],
     num: int = 1000,
     seed: int = 0,
     size: int = 64,
     num_frames: int = 16,
     scenes: int = 0,
     speech: bool = False,
+    questions: bool = False,
 ) -> None:
     """Write short videos of moving shapes, with sounds and captions, and their list.
 
@@ -80,11 +81,21 @@ def toyworld(
         num_frames: Frames in a clip.
         scenes: How many pictures the clips share, told apart by sound and word; 0: each its own.
         speech: A voice says a word in each clip (pip install iv2[speech]).
+        questions: Also clips of two shapes or two events, and conversations about all of them; a
+            quarter as many held-out clips with questions on them.
     """
     import torch
 
+    from iv2.data.instructions import write_questions
     from iv2.data.synthetic import write_toyworld
 
+    if questions and scenes:
+        raise ValueError(f"toyworld: scenes must be 0 with questions, got {scenes}")
+    if questions:
+        workers = torch.get_num_threads()
+        shape = {"size": size, "num_frames": num_frames}
+        print(write_questions(out, num, seed, **shape, speech=speech, workers=workers))
+        return
     print(
         write_toyworld(
             out,
@@ -154,23 +165,32 @@ def retrieval(
     model: Model,
     media: Literal["vision", "audio", "audio_video"] = "vision",
     caption: Literal["visual", "audio", "speech", "av", "avs"] = "visual",
+    wordings: Literal["first", "all", "paragraph"] = "first",
     k: int = 128,
     json: Path | None = None,
 ) -> None:
     """Zero-shot retrieval on a list: R@1/5/10 both ways by cosine, dual softmax and matching.
+
+    Processes of torchrun share the work: torchrun --nproc-per-node 8 -m -- iv2 eval retrieval …
 
     Args:
         data: List of clips with captions.
         model: Which model.
         media: What is compared with the captions.
         caption: Their kind.
+        wordings: Of clips with several captions: the first, all of them (MSVD, VATEX), or joined to
+            a paragraph (DiDeMo, ActivityNet).
         k: How many are re-ranked by the matching head; 0: none.
         json: Write the table as JSON.
     """
+    from iv2.distributed import world as join_world
     from iv2.eval import retrieval as page
 
     loaded = model.load()
-    table = page.evaluate(*loaded, data, media, caption, k=k)
+    with join_world("cpu") as world:
+        table = page.evaluate(*loaded, data, media, caption, wordings=wordings, k=k)
+        if not world.is_main:
+            return
     print(page.as_text(table))
     if json:
         json.write_text(dumps(table, indent=1) + "\n", encoding="utf-8")
@@ -202,7 +222,53 @@ def zero_shot(
     )
 
 
-EVALUATIONS: dict[str, Callable[..., None]] = {"retrieval": retrieval, "zero-shot": zero_shot}
+def qa(
+    data: Path,
+    format: Literal["toy", "mvbench", "egoschema", "perception-test", "next-qa", "movqa"] = "toy",
+    choices: bool = True,
+    run: Path | None = None,
+    baselines: bool = False,
+    replies: tuple[Path, ...] = (),
+    ask: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """Score answers to questions on videos: with choices in MVBench's protocol, or open ones.
+
+    Args:
+        data: Folder of the data set, or held-out.jsonl of a toy world.
+        format: Of which data set it is.
+        choices: Of the toy world: offer choices; --no-choices asks open questions and captions.
+        run: Ask the model of a stage-3 run.
+        baselines: Ask it without the video, with a grey one, shuffled frames, other videos too.
+        replies: Score these files, one column each: lines of {"id", "reply"}.
+        ask: Write what is to be put to another model, one question a line.
+        json: Write the table as JSON.
+    """
+    from iv2.eval import qa as page
+    from iv2.eval.questions import read_questions
+
+    if not (ask or replies or run):
+        raise ValueError("qa: --run, --replies or --ask must be given, got none")
+    if ask:
+        page.write_asked(ask, read_questions(format, data, choices=choices).questions)
+    answers = {path.stem: page.replies_from(path) for path in replies}
+    if run:
+        from iv2.serve.chat import VideoChat
+
+        model = page.chat_answers(VideoChat.load(run))
+        answers |= page.with_baselines(model) if baselines else {"model": model}
+    if answers:
+        (table,) = page.evaluate_sets({format: data}, answers, choices=choices)
+        print(page.as_text(table))
+        if json:
+            json.write_text(dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+EVALUATIONS: dict[str, Callable[..., None]] = {
+    "retrieval": retrieval,
+    "zero-shot": zero_shot,
+    "qa": qa,
+}
 
 
 def _eval(argv: Sequence[str]) -> None:
@@ -270,16 +336,75 @@ def search(
         contact_sheet(query, found, sheet)
 
 
+def chat(
+    video: tyro.conf.Positional[Path],
+    run: Path,
+    question: str = "",
+    lm: Path | None = None,
+    seconds: float = 0.0,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+) -> None:
+    """Ask about a video: one question, or a dialogue that an empty line ends.
+
+    Args:
+        video: The video.
+        run: Folder of a stage-3 run.
+        question: The question; without one, each line of the terminal is a question.
+        lm: Folder of the pretrained language model; that of the run by default.
+        seconds: Longest segment; a longer video is seen in several. 0: as one.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 gives the likeliest answer; above, answers are drawn.
+    """
+    from iv2.serve.chat import VideoChat, dialogue
+
+    loaded = VideoChat.load(run, lm=lm or "")
+    loaded.seconds = seconds
+    questions = [question] if question else iter(lambda: input("> "), "")
+    dialogue(loaded, video, questions, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+def caption(
+    videos: tyro.conf.Positional[tuple[Path, ...]],
+    run: Path,
+    question: str = "describe the video",
+    lm: Path | None = None,
+    seconds: float = 0.0,
+    max_new_tokens: int = 128,
+    json: bool = False,
+) -> None:
+    """Describe videos, one line each.
+
+    Args:
+        videos: The videos.
+        run: Folder of a stage-3 run.
+        question: What is asked of each.
+        lm: Folder of the pretrained language model; that of the run by default.
+        seconds: Longest segment; a longer video is seen in several. 0: as one.
+        max_new_tokens: Longest caption, in tokens.
+        json: Print a JSON object a line instead of path and caption.
+    """
+    from iv2.serve.chat import VideoChat
+
+    loaded = VideoChat.load(run, lm=lm or "")
+    loaded.seconds = seconds
+    for video in videos:
+        text = loaded.ask(video, question, max_new_tokens=max_new_tokens)
+        print(dumps({"path": str(video), "caption": text}) if json else f"{video}\t{text}")
+
+
 COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "info": ("versions, instruction sets, decoders, the choice per op", info),
     "toyworld": ("write videos of moving shapes with sounds and captions", toyworld),
     "train": ("train a recipe: iv2 train stage1-tiny --data.path FOLDER", _train),
     "eval": (
-        "evaluate a stage-2 or CLIP model on a list: iv2 eval retrieval, iv2 eval zero-shot",
+        "evaluate a model on a list: iv2 eval retrieval, iv2 eval zero-shot, iv2 eval qa",
         _eval,
     ),
     "embed": ("embed a folder of videos: iv2 embed FOLDER --run RUN --out INDEX", embed),
     "search": ('find segments: iv2 search "a red bar" --run RUN --index INDEX', search),
+    "chat": ("ask about a video: iv2 chat VIDEO --run RUN --question QUESTION", chat),
+    "caption": ("describe videos: iv2 caption VIDEO... --run RUN", caption),
     "convert": ("rewrite a published checkpoint as safetensors", convert),
     "demo": ("stages 1 and 2 on toy and real video in a quarter of an hour, one HTML page", demo),
     "learn": ("the demo with the budget to reach its goals", learn),

@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar
 from iv2.data.loader import ClipConfig
 from iv2.models.audio import AudioConfig
 from iv2.models.clip import ClipModelConfig
+from iv2.models.language import LanguageConfig
+from iv2.models.qformer import QFormerConfig
 from iv2.models.stage2 import Stage2ModelConfig
 from iv2.models.text import TextConfig
 from iv2.models.vision_config import VisionConfig
@@ -84,6 +86,10 @@ class OptimConfig:
     weight_decay: float = 0.05
     # Factor of the learning rate from a layer to the one before it.
     layer_decay: float = 1.0
+    # Factor of the learning rate of the video encoder, in stage 3.
+    vision_lr_scale: float = 1.0
+    # Factor of the learning rate of the language model, in stage 3.
+    lm_lr_scale: float = 1.0
     # Passes over the data.
     epochs: float = 301
     # Steps of the run; 0 counts epochs.
@@ -98,7 +104,7 @@ class OptimConfig:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        _positive(self, "lr", "accumulate", "layer_decay")
+        _positive(self, "lr", "accumulate", "layer_decay", "vision_lr_scale", "lm_lr_scale")
         if not self.steps and self.epochs <= 0:
             raise ValueError(f"OptimConfig: epochs must be positive, got {self.epochs}")
 
@@ -258,6 +264,40 @@ class ClipStageConfig:
 
 
 @dataclass(frozen=True)
+class Stage3Config:
+    """Next-token prediction through a language model."""
+
+    # What reads the video's tokens; media_dim is that of the video encoder.
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    # The language model, its template, and what of it is trained.
+    lm: LanguageConfig = field(default_factory=LanguageConfig)
+    # Last blocks of the video encoder that are left out.
+    skip_blocks: int = 1
+    # What is not trained beside the language model: modules or parameters, such as vision_encoder.
+    frozen: tuple[str, ...] = ()
+    # Longest conversation, in tokens and embeddings of the video; early rounds are left out.
+    max_tokens: int = 1024
+    # Most tiles of a video of high resolution, beside the whole; 0: the whole alone.
+    tiles: int = 0
+    # What the Q-Former reads: nothing, the system's message, or the first question.
+    instruction: Literal["none", "system", "question"] = "none"
+    # Folder with BERT's vocabulary for it.
+    qformer_tokenizer: str = ""
+    # Weights of the video encoder: of stage 2, or of stage 1.
+    vision_init: str = ""
+    # Weights of the Q-Former with its queries, norm and projection: of another stage 3.
+    qformer_init: str = ""
+    # Weights of another stage 3 whole: of a run, or a published file.
+    chat_init: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("skip_blocks", "tiles"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Stage3Config: {name} must be >= 0, got {getattr(self, name)}")
+        _positive(self, "max_tokens")
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Supervised classification."""
 
@@ -274,7 +314,7 @@ class TrainConfig:
     """A run."""
 
     # What is trained for.
-    stage: Literal["stage1", "stage2", "clip", "finetune"] = "stage1"
+    stage: Literal["stage1", "stage2", "clip", "stage3", "finetune"] = "stage1"
     # Folder of the run: config.json, log.jsonl, skipped.jsonl, checkpoints.
     run_dir: str = "runs/run"
     # Seed of weights, samples and masks.
@@ -303,6 +343,8 @@ class TrainConfig:
     stage2: Stage2Config = field(default_factory=Stage2Config)
     # The CLIP variant of stage 2.
     clip: ClipStageConfig = field(default_factory=ClipStageConfig)
+    # Next-token prediction.
+    stage3: Stage3Config = field(default_factory=Stage3Config)
     # Supervised classification.
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     # Steps between log lines.
@@ -338,6 +380,11 @@ FREE_FIELDS = frozenset(
         "clip.text_init",
         "clip.clip_init",
         "clip.tokenizer",
+        "stage3.lm.folder",
+        "stage3.qformer_tokenizer",
+        "stage3.vision_init",
+        "stage3.qformer_init",
+        "stage3.chat_init",
     }
 )
 

@@ -62,6 +62,13 @@ class World:
         return DistributedDataParallel(stage, device_ids=devices, find_unused_parameters=partial)
 
 
+def joined() -> World:
+    """This process in the group that ``world`` joined, if any; for what runs on the CPU."""
+    if not dist.is_initialized():
+        return World()
+    return World(dist.get_rank(), dist.get_world_size())
+
+
 @contextmanager
 def world(device: str = "") -> Iterator[World]:
     """Join the processes that torchrun started (NCCL on CUDA, gloo elsewhere), or run alone.

@@ -60,31 +60,35 @@ def parameter_groups(
     depth: int,
     weight_decay: float,
     layer_decay: float = 1.0,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW: by weight decay and, with layer decay, by layer.
+    """Groups for AdamW: by weight decay, by part and, with layer decay, by layer.
 
     Args:
         named_parameters: Those that need no gradient are left out.
         depth: Blocks of the encoder.
         weight_decay: For all but what ``spared_from_decay`` names.
         layer_decay: Factor of the learning rate from one layer to the one before.
+        lr_scales: Factor of the learning rate of parts, by what their names begin with.
 
     Returns:
         Dicts with ``params``, ``names``, ``weight_decay`` and ``lr_scale``, last layer first.
     """
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
+    parts = lr_scales or {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         below = 0 if layer_decay == 1 else depth + 1 - layer_of(name, depth)
         spared = spared_from_decay(name, parameter)
+        scale = next((s for part, s in parts.items() if name.startswith(part)), 1.0)
         group = groups.setdefault(
-            (below, spared),
+            (below, scale, spared),
             {
                 "params": [],
                 "names": [],
                 "weight_decay": 0.0 if spared else weight_decay,
-                "lr_scale": layer_decay**below,
+                "lr_scale": scale * layer_decay**below,
             },
         )
         group["params"].append(parameter)

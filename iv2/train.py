@@ -39,6 +39,7 @@ from iv2.stages.clip import ClipStage, build_clip_stage
 from iv2.stages.finetune import build_finetune, find_classes
 from iv2.stages.stage1 import build_stage1
 from iv2.stages.stage2 import Stage2, build_stage2
+from iv2.stages.stage3 import Stage3, build_stage3
 
 __all__ = [
     "BatchSource",
@@ -146,9 +147,9 @@ def run(config: TrainConfig) -> Result:
         is_new = latest_checkpoint(config.run_dir) is None
         if config.init and is_new:
             load_checkpoint(stage.trained, config.init, allow_missing=config.init_allow_missing)
-        if isinstance(stage, ClipStage) or (isinstance(stage, Stage2) and is_new):
+        if isinstance(stage, ClipStage) or (isinstance(stage, Stage2 | Stage3) and is_new):
             stage.load_towers()  # what is frozen is in no checkpoint
-        if isinstance(stage, Stage2 | ClipStage) and is_new and world.is_main:
+        if isinstance(stage, Stage2 | ClipStage | Stage3) and is_new and world.is_main:
             Path(config.run_dir).mkdir(parents=True, exist_ok=True)
             stage.tokenizer.save(config.run_dir)  # the run's own, so that its folder can be moved
         torch.manual_seed(config.seed + world.rank)
@@ -219,6 +220,14 @@ def build_stage(
                 f"clip.text_init and clip.clip_init, got {config.init}"
             )
         return build_clip_stage(config.model, config.clip, device), config
+    if config.stage == "stage3":
+        if config.init:
+            raise ValueError(
+                "train: init must be empty for stage stage3, whose files are stage3.vision_init, "
+                f"stage3.qformer_init and stage3.chat_init, got {config.init}"
+            )
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        return build_stage3(config.model, config.stage3, device, dtype=dtype), config
     classes = find_classes(samples, config.finetune.attributes)
     finetune = build_finetune(config.model, config.finetune, classes, device)
     if isinstance(finetune.model, VisionEncoder):
@@ -257,6 +266,7 @@ class _Run:
                 depth=_depth(stage.trained),
                 weight_decay=optim.weight_decay,
                 layer_decay=optim.layer_decay,
+                lr_scales={"vision_encoder.": optim.vision_lr_scale, "lm.": optim.lm_lr_scale},
             ),
             betas=optim.betas,
             eps=optim.eps,

@@ -38,9 +38,21 @@ def test_convert(tmp_path, capsys):
         cli.main(["convert", str(tmp_path / "none.pth"), str(tmp_path / "b.safetensors")])
 
 
+def test_toyworld_with_questions(tmp_path, capsys):
+    out = tmp_path / "toy"
+    small = ["--num", "2", "--size", "16", "--num-frames", "2"]
+    cli.main(["toyworld", str(out), "--questions", *small])
+    assert capsys.readouterr().out.strip() == str(out / "list.jsonl")
+    rows = [json.loads(line) for line in (out / "instructions.jsonl").read_text().splitlines()]
+    assert [row["messages"][0]["role"] for row in rows] == ["user", "user"]
+    assert (out / "held-out.jsonl").exists()
+    with pytest.raises(SystemExit, match="scenes must be 0 with questions, got 1"):
+        cli.main(["toyworld", str(out), "--questions", "--scenes", "1", *small])
+
+
 def test_toyworld_and_training_on_a_folder_with_broken_files(tmp_path, capsys):
     out = tmp_path / "toy"
-    cli.main(["toyworld", "--out", str(out), "--num", "12"])
+    cli.main(["toyworld", str(out), "--num", "12"])
     for kind in ("image", "video"):
         name = f"teacher-{kind}-tiny"
         flags = ["--optim.steps", "1", "--data.batch-size", "4", "--data.num-workers", "0"]

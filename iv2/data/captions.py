@@ -13,6 +13,8 @@ from torch import Tensor
 from iv2.models.blocks import uniform_by_seed
 from iv2.models.text import PackedText
 
+# Apart from the draws of other parts, which use the same seeds.
+_PARAPHRASE_SALT = 0x7061726170
 _DROPPED = str.maketrans({c: None for c in ",.'!?\"()*#:;~"} | {"-": " ", "/": " "})
 
 
@@ -20,6 +22,33 @@ def clean_caption(text: str) -> str:
     """Lower case, without punctuation; hyphens and slashes become spaces, as published."""
     plain = text.lower().translate(_DROPPED).replace("<person>", "person")
     return " ".join(plain.split())
+
+
+def choose_captions(batch: dict[str, Any], kind: str, *, training: bool) -> list[str]:
+    """The captions of a kind, cleaned; in training one of a clip's wordings, by its seed.
+
+    Args:
+        batch: ``captions`` (a dict by kind for each sample), ``attributes``, ``seeds``, ``paths``.
+        kind: Of the captions.
+        training: Draw among the first and the paraphrases.
+
+    Raises:
+        ValueError: A sample has no caption of the kind; it is named.
+    """
+    chosen = []
+    seeds = (batch["seeds"] + _PARAPHRASE_SALT).tolist()
+    rows = zip(batch["captions"], batch["attributes"], seeds, batch["paths"], strict=True)
+    for captions, attributes, seed, path in rows:
+        if kind not in captions:
+            raise ValueError(
+                f"captions must have the kind {kind}, got {', '.join(captions) or 'none'}: {path}"
+            )
+        wordings = [captions[kind]]
+        if training:
+            wordings += attributes.get("paraphrases", {}).get(kind, [])
+        # the low bits of a seed plus a constant would repeat those of other draws
+        chosen.append(clean_caption(wordings[(seed >> 20) % len(wordings)]))
+    return chosen
 
 
 class Tokenizer:

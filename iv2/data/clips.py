@@ -8,7 +8,7 @@ the last frame, and its stage 2 never draws the last frame of an interval.
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".
 AUDIO_SUFFIXES = frozenset((".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav", ".wma"))
 
 MEDIA_KINDS = ("image", "video", "audio", "audio_video")
+# Of the rows of a list: a row of text has messages and no media.
+KINDS = (*MEDIA_KINDS, "text")
 # What a folder is searched for by kind; videos have sound too.
 _SUFFIXES = {
     "image": ("images", IMAGE_SUFFIXES),
@@ -49,14 +51,16 @@ CAPTION_KINDS = ("visual", "audio", "speech", "av", "avs")
 class Sample:
     """One clip of a list."""
 
-    path: str  # of the video, image or sound
+    path: str  # of the video, image or sound; empty for text
     start: float | None = None  # seconds; None: from the beginning
     end: float | None = None  # seconds, exclusive; None: to the end
     captions: dict[str, str] = field(default_factory=dict)  # by kind, see CAPTION_KINDS
     label: int | None = None
     attributes: dict[str, Any] = field(default_factory=dict)  # `attributes` and unknown columns
-    kind: str = "video"  # of the media, see MEDIA_KINDS
+    kind: str = "video"  # of the media, see KINDS
     id: str | None = None  # rows of one id, within a list, are the same to the contrastive loss
+    # a conversation: {"role", "content"}, the last one the assistant's; empty: none
+    messages: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def caption(self) -> str | None:
@@ -72,32 +76,37 @@ def read_list(path: str | Path, kind: str = "") -> list[Sample]:
             array of objects (.json), or a table with a header (.csv). Each row has `path`
             (relative to the folder of the list, or absolute) and optionally `start`, `end`
             (seconds), `captions` (an object by kind: visual, audio, speech, av, avs) or `caption`
-            (a visual one), `label` (an integer), `kind` (image, video, audio, audio_video), `id`
-            and `attributes` (an object). Further columns are kept in the sample's `attributes`.
+            (a visual one), each a string or a list of them, of which all but the first go to
+            `attributes["paraphrases"]`, `label` (an integer), `kind` (image, video, audio,
+            audio_video, text), `id`, `attributes` (an object) and `messages` (see
+            `check_messages`; not in tables). A row of kind text has `messages` and needs no
+            `path`. Further columns are kept in the sample's `attributes`.
         kind: What all of it is read as, and so which files of a folder are taken; empty: as the
-            rows say, and the videos of a folder.
+            rows say, and the videos of a folder. Clips with messages may be read as text.
 
     Raises:
         FileNotFoundError: `path` does not exist.
         ValueError: no clips, another kind of file, or a row that cannot be used, with its line.
     """
-    if kind and kind not in MEDIA_KINDS:
-        raise ValueError(f"read_list: kind must be one of {', '.join(MEDIA_KINDS)}, got {kind!r}")
+    if kind and kind not in KINDS:
+        raise ValueError(f"read_list: kind must be one of {', '.join(KINDS)}, got {kind!r}")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"read_list: path must be a folder or a list, got {path}")
     if path.is_dir():
+        if kind == "text":
+            raise ValueError(f"read_list: path must be a list for kind text, got {path}")
         kind = kind or "video"
         contents, suffixes = _SUFFIXES[kind]
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
         samples = [Sample(str(p), kind=kind) for p in files if p.is_file()]
         expected = f"a folder with {contents} ({', '.join(sorted(suffixes))})"
     else:
-        samples = [_sample(path, place, row) for place, row in _rows(path)]
+        samples = [_sample(path, place, row, kind) for place, row in _rows(path)]
         expected = "a list with at least one clip"
     if not samples:
         raise ValueError(f"read_list: path must be {expected}, got {path}")
-    return [replace(sample, kind=kind) for sample in samples] if kind else samples
+    return samples
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -134,29 +143,40 @@ def _json(text: str, place: str) -> Any:
         raise ValueError(f"{place}: not JSON: {e.msg} at column {e.colno}") from e
 
 
-def _sample(listing: Path, place: str, row: Any) -> Sample:
+def _sample(listing: Path, place: str, row: Any, kind: str) -> Sample:
     if not isinstance(row, dict):
         raise ValueError(f"{place}: a row must be an object, got {type(row).__name__}")
     row = dict(row)
+    own = row.pop("kind", None) or "video"
+    kind = kind or own
+    if own not in KINDS:
+        raise ValueError(f"{place}: kind must be one of {', '.join(KINDS)}, got {own!r}")
+    messages = row.pop("messages", None)
+    if messages is not None:
+        check_messages(place, messages)
     video = row.pop("path", None)
-    if not isinstance(video, str) or not video:
+    if kind == "text":
+        if messages is None:
+            raise ValueError(f"{place}: messages must be given for text, got none")
+        if own == "text" and video is not None:
+            raise ValueError(f"{place}: path must be left out for text, got {video!r}")
+        video = ""
+    elif not isinstance(video, str) or not video:
         raise ValueError(f"{place}: path must be a string, got {video!r}")
     start, end = _number(place, row, "start", float), _number(place, row, "end", float)
     if (start is not None and start < 0) or (end is not None and end <= (start or 0)):
         raise ValueError(f"{place}: 0 <= start < end must hold, got start {start} and end {end}")
-    captions = _captions(place, row)
-    kind, name = row.pop("kind", None) or "video", row.pop("id", None)
-    if kind not in MEDIA_KINDS:
-        raise ValueError(f"{place}: kind must be one of {', '.join(MEDIA_KINDS)}, got {kind!r}")
+    (captions, others), name = _captions(place, row), row.pop("id", None)
     if name is not None and type(name) not in (str, int):
         raise ValueError(f"{place}: id must be a string or an integer, got {name!r}")
     label = _number(place, row, "label", int)
     attributes = row.pop("attributes", None) or {}
     if not isinstance(attributes, dict):
         raise ValueError(f"{place}: attributes must be an object, got {attributes!r}")
-    where = str(listing.parent / video)
+    if others:
+        attributes = {**attributes, "paraphrases": others}
     return Sample(
-        where,
+        str(listing.parent / video) if video else "",
         start,
         end,
         captions,
@@ -164,22 +184,63 @@ def _sample(listing: Path, place: str, row: Any) -> Sample:
         {**attributes, **row},
         kind,
         None if name is None else str(name),
+        messages or [],
     )
 
 
-def _captions(place: str, row: dict[str, Any]) -> dict[str, str]:
+def check_messages(place: str, messages: Any) -> None:
+    """A conversation: perhaps a system message, then user and assistant in turns, to an answer.
+
+    Args:
+        place: What errors begin with, such as the file and line.
+        messages: A list of {"role": ..., "content": ...}, both strings.
+
+    Raises:
+        ValueError: It is not one; the message says which turn is wrong.
+    """
+    if not isinstance(messages, list) or not messages:
+        got = "none" if messages == [] else type(messages).__name__
+        raise ValueError(f"{place}: messages must be a list of at least one turn, got {got}")
+    for number, turn in enumerate(messages, 1):
+        where = f"{place}: messages[{number}]"
+        if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
+            got = ", ".join(map(str, turn)) if isinstance(turn, dict) else type(turn).__name__
+            raise ValueError(f"{where} must be an object of role and content, got {got}")
+        if not isinstance(turn["content"], str) or not turn["content"].strip():
+            raise ValueError(f"{where}: content must be text, got {turn['content']!r}")
+    system = messages[0]["role"] == "system"
+    for number, turn in enumerate(messages, 1):
+        expected = ("assistant", "user")[(number + system) % 2]
+        if turn["role"] != expected and not (system and number == 1):
+            raise ValueError(
+                f"{place}: messages[{number}]: role must be {expected}, got {turn['role']!r}"
+            )
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(
+            f"{place}: messages must end with the assistant's, got {messages[-1]['role']}"
+        )
+
+
+def _captions(place: str, row: dict[str, Any]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The first caption of each kind, and the others."""
     caption, captions = row.pop("caption", None), row.pop("captions", None) or {}
-    if caption is not None and not isinstance(caption, str):
-        raise ValueError(f"{place}: caption must be a string, got {caption!r}")
     if not isinstance(captions, dict):
         raise ValueError(f"{place}: captions must be an object by kind, got {captions!r}")
-    for kind, text in captions.items():
-        if kind not in CAPTION_KINDS or not isinstance(text, str):
+    if caption is not None:
+        captions = {"visual": caption, **captions}
+    firsts, others = {}, {}
+    for kind, texts in captions.items():
+        every = [texts] if isinstance(texts, str) else texts
+        good = isinstance(every, list) and every and all(isinstance(text, str) for text in every)
+        if kind not in CAPTION_KINDS or not good:
             raise ValueError(
-                f"{place}: captions must be strings by kind ({', '.join(CAPTION_KINDS)}), "
-                f"got {kind}: {text!r}"
+                f"{place}: captions must be strings, or lists of them, by kind "
+                f"({', '.join(CAPTION_KINDS)}), got {kind}: {texts!r}"
             )
-    return captions if caption is None else {"visual": caption, **captions}
+        firsts[kind] = every[0]
+        if every[1:]:
+            others[kind] = every[1:]
+    return firsts, others
 
 
 def _number(place: str, row: dict[str, Any], name: str, kind: type) -> Any:

@@ -140,7 +140,8 @@ class VideoDataset:
         self._sounds = SoundCache(cache_bytes // 4)
         self.seed = seed
         self.labelled = all(sample.label is not None for sample in self.samples)
-        self._cache = FrameCache(len(samples), cache_bytes) if cache_bytes else None
+        cached = cache_bytes and self.kind != "text"
+        self._cache = FrameCache(len(samples), cache_bytes) if cached else None
         self._bad: dict[int, str] = {}  # known here, so that it is not opened again
 
     def __len__(self) -> int:
@@ -151,8 +152,8 @@ class VideoDataset:
 
         Returns:
             video and fbank, as the kind has them, and seed (from the place asked for), sample_id
-            (of the clip shown), id, path, label, captions, attributes; skipped, a list of
-            (sample_id, path, reason).
+            (of the clip shown), id, path, label, captions, messages, attributes; skipped, a list
+            of (sample_id, path, reason).
 
         Raises:
             RuntimeError: too many clips in a row cannot be read.
@@ -177,6 +178,7 @@ class VideoDataset:
                 "path": sample.path,
                 "label": sample.label,
                 "captions": sample.captions,
+                "messages": sample.messages,
                 "attributes": sample.attributes,
                 "skipped": skipped,
             }
@@ -189,7 +191,7 @@ class VideoDataset:
         """The frames, the crop and the sound of one clip, drawn from `rng` in this order."""
         if index in self._bad:
             raise DecodeError(self.samples[index].path, self._bad[index])
-        media = {} if self.kind == "audio" else {"video": self._look(index, rng)}
+        media = {} if self.kind in ("audio", "text") else {"video": self._look(index, rng)}
         if self.kind.startswith("audio"):
             media["fbank"] = self._listen(index, rng)
         return media
@@ -252,8 +254,8 @@ class Batches(Iterator[dict[str, Any]]):
 
     A batch is a dict: `kind`; `video` float32 [B, 3, T, H, W] (or uint8, see `ClipConfig`) and
     `fbank` float32 [B, F, bins], as the kind has them; `seeds`, `sample_ids` and `ids` int64 [B];
-    `paths`, `captions` (dicts by kind) and `attributes` lists; and `labels` int64 [B] where every
-    clip of the data set has one.
+    `paths`, `captions` (dicts by kind), `messages` and `attributes` lists; and `labels` int64 [B]
+    where every clip of the data set has one. Batches of kind text have neither video nor fbank.
 
     Attributes:
         position: Samples that all ranks together have been given.
@@ -447,6 +449,7 @@ class _Collate:
             "sample_ids": torch.tensor([item["sample_id"] for item in items]),
             "paths": [item["path"] for item in items],
             "captions": [item["captions"] for item in items],
+            "messages": [item["messages"] for item in items],
             "attributes": [item["attributes"] for item in items],
         }
         if self._labelled:
@@ -465,4 +468,6 @@ def _digest(samples: list[Sample]) -> str:
     names = hashlib.blake2b(digest_size=8)
     for sample in samples:
         names.update(repr((Path(sample.path).name, sample.start, sample.end)).encode())
+        if sample.messages:
+            names.update(repr([(m["role"], m["content"]) for m in sample.messages]).encode())
     return names.hexdigest()

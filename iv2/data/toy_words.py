@@ -1,10 +1,14 @@
-"""What is said of a toy clip: captions of five kinds in several wordings, and their vocabulary."""
+"""What is said of a toy clip: captions and questions in several wordings, and their vocabulary."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from string import ascii_lowercase, digits
 
 import numpy as np
+
+_PLACE = re.compile(r"\{\w+\}")
 
 # Words that a voice says; nothing in the picture tells which.
 SPOKEN = (
@@ -112,14 +116,164 @@ def captions(attributes: dict[str, str], rng: np.random.Generator) -> dict[str, 
     return found
 
 
-def vocabulary() -> list[str]:
-    """WordPiece tokens of everything that captions say, and letters to spell other words with."""
+# Questions by what they ask for: wordings for training, and new ones that only held-out questions
+# have; those say nothing in words that training does not know. {subject} is "shape" where there is
+# one, else a word that tells which.
+QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "shape": (
+        ("which shape is it?", "what shape do you see?", "name the shape."),
+        ("what is the shape in the video?", "which shape do you see?"),
+    ),
+    "shape of a colour": (
+        (
+            "which shape is {colour}?",
+            "what is the {colour} shape?",
+            "what {colour} shape is there?",
+        ),
+        ("name the {colour} shape.", "which {colour} shape do you see?"),
+    ),
+    "colour": (
+        (
+            "what colour is the {subject}?",
+            "which colour has the {subject}?",
+            "name the colour of it.",
+        ),
+        ("what is the colour of the {subject}?", "name the colour of the {subject}."),
+    ),
+    "colour of a shape": (
+        (
+            "what colour is the {subject}?",
+            "which colour has the {subject}?",
+            "which colour do you see in the {subject}?",
+        ),
+        ("what is the colour of the {subject}?", "name the colour of the {subject}."),
+    ),
+    "motion": (
+        (
+            "how does the {subject} move?",
+            "what does the {subject} do?",
+            "how is the {subject} moving?",
+        ),
+        ("what is the motion of the {subject}?", "name the motion of the {subject}."),
+    ),
+    "heard": (
+        ("what do you hear?", "which sound is heard?", "name the sound in the video."),
+        ("what is the sound in the video?", "which sound do you hear?"),
+    ),
+    "said": (
+        ("which word is said?", "what word do you hear?", "name the word that is said."),
+        ("what is the word that is said?", "which word do you hear?"),
+    ),
+    "how_many": (
+        ("how many shapes are there?", "how many shapes do you see?", "name the number of shapes."),
+        ("how many shapes are in the video?", "what is the number of shapes?"),
+    ),
+    "first motion": (
+        ("what does the shape do first?", "what is the first motion?"),
+        ("how does the shape move first?", "name the first motion."),
+    ),
+    "last motion": (
+        ("what does the shape do last?", "what is the last motion?"),
+        ("how does the shape move last?", "name the last motion."),
+    ),
+    "motion after": (
+        ("what does the shape do after {motion}?", "after {motion}, how does the shape move?"),
+        ("how does the shape move after {motion}?", "name the motion after {motion}."),
+    ),
+    "motion before": (
+        ("what does the shape do before {motion}?", "before {motion}, how does the shape move?"),
+        ("how does the shape move before {motion}?", "name the motion before {motion}."),
+    ),
+    "first sound": (
+        ("what do you hear first?", "what is the first sound?"),
+        ("which sound is heard first?", "name the first sound."),
+    ),
+    "last sound": (
+        ("what do you hear last?", "what is the last sound?"),
+        ("which sound is heard last?", "name the last sound."),
+    ),
+    "sound after": (
+        ("what do you hear after the {sound}?", "after the {sound}, which sound is heard?"),
+        ("which sound is heard after the {sound}?", "name the sound after the {sound}."),
+    ),
+    "sound before": (
+        ("what do you hear before the {sound}?", "before the {sound}, which sound is heard?"),
+        ("which sound is heard before the {sound}?", "name the sound before the {sound}."),
+    ),
+    "is shape": (
+        ("is there a {shape}?", "do you see a {shape}?"),
+        ("is there a {shape} in the video?", "is a {shape} in the video?"),
+    ),
+    "is colour": (
+        ("is there a {colour} shape?", "do you see a {colour} shape?"),
+        ("is there a {colour} shape in the video?", "is a shape {colour}?"),
+    ),
+    "is motion": (
+        ("is the {subject} {motion}?", "do you see the {subject} {motion}?"),
+        ("is there a {subject} {motion}?", "do you see a {subject} {motion}?"),
+    ),
+    "is sound": (
+        ("do you hear the {sound}?", "is the {sound} heard?"),
+        ("is there the sound {sound}?", "do you hear the sound {sound}?"),
+    ),
+    "is word": (
+        ("is the word {word} said?", "do you hear the word {word}?"),
+        ("is {word} said?", "do you hear {word}?"),
+    ),
+    "caption": (
+        ("describe the video.", "tell what you see.", "what is in the video?"),
+        ("describe what you see.", "tell what is in the video."),
+    ),
+    "caption with sound": (
+        ("describe the video with its sound.", "tell what you see and hear."),
+        ("describe what you see and hear.", "describe what you hear and what you see."),
+    ),
+}
+# Questions that need no clip.
+TEXT_QUESTIONS = ("what is another word for {wording}?", "tell another word for {wording}.")
+NUMBERS = ("one", "two", "three")
+
+
+def answer_word(attribute: str, value: str) -> str:
+    """The short answer that names a value."""
+    return _WORDS[attribute][value][0] if attribute == "motion" else value
+
+
+def caption_words(attribute: str, value: str) -> tuple[str, ...]:
+    """What a value may be called in a caption."""
+    return _WORDS[attribute][value]
+
+
+def wordings(attribute: str) -> dict[str, tuple[str, ...]]:
+    """The values of an attribute and all that they may be called, the short answer first."""
+    return {
+        value: tuple(dict.fromkeys((answer_word(attribute, value), *some)))
+        for value, some in _WORDS[attribute].items()
+    }
+
+
+def question_texts() -> list[str]:
+    """Every wording of a question and every short answer, placeholders left out."""
+    texts = [text for seen, new in QUESTIONS.values() for text in (*seen, *new)]
+    texts += [*TEXT_QUESTIONS, *NUMBERS, "yes", "no", "then"]
+    texts = [" ".join(_PLACE.sub(" ", text).split()) for text in texts]
+    return texts + [w for name in _WORDS for some in wordings(name).values() for w in some]
+
+
+def vocabulary(extra: Iterable[str] = ()) -> list[str]:
+    """WordPiece tokens of everything that captions say, and letters to spell other words with.
+
+    Args:
+        extra: Texts whose words and marks are to be tokens as well.
+    """
     from iv2.data.captions import clean_caption
 
     templates = [template for some in _TEMPLATES.values() for template in some]
     texts = [template.replace("{", " ").replace("}", " ") for template in templates]
     texts += [wording for values in _WORDS.values() for ws in values.values() for wording in ws]
-    words = {word for text in texts for word in clean_caption(text).split()}
+    extra = [text.lower() for text in extra]
+    words = {word for text in [*texts, *extra] for word in clean_caption(text).split()}
+    words |= {mark for text in extra for mark in text if not mark.isalnum() and mark > " "}
     letters = ascii_lowercase + digits
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     return [*special, *letters, *(f"##{c}" for c in letters), *sorted(words - set(letters))]

@@ -7,9 +7,9 @@ media and captions may share one, and the best of several right answers counts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from iv2.config import TrainConfig
 from iv2.data.captions import clean_caption
-from iv2.data.clips import read_list
-from iv2.distributed import World
+from iv2.data.clips import Sample, read_list
+from iv2.distributed import World, joined
 from iv2.eval.features import ordered_batches
 from iv2.models.stage2 import Media, Seen, Stage2Model
 from iv2.models.text import PackedText
@@ -26,6 +26,7 @@ from iv2.stages.dual_encoder import DualEncoder
 
 # What a pair that was not re-ranked scores.
 _UNSCORED = -100.0
+_MEDIA_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,9 @@ def zero_shot(
     return cosines(media, texts).view(len(media.paths), len(classes), len(templates)).mean(2)
 
 
+Wordings = Literal["first", "all", "paragraph"]
+
+
 def evaluate(
     stage: DualEncoder,
     config: TrainConfig,
@@ -288,48 +292,108 @@ def evaluate(
     media: Media = "vision",
     caption: str = "visual",
     *,
+    wordings: Wordings = "first",
     k: int = 128,
     same: Sequence[str] = (),
-    batch_size: int = 32,
-    world: World | None = None,
 ) -> dict[str, Any]:
-    """Retrieval on a list of clips, seen as in tests.
+    """Retrieval on a list of clips, seen as in tests; ranks share clips and pairs to re-rank.
 
     Clips that share a caption are right for each other, and those that are equal in all the
     attributes of ``same``, whose captions may say it in other words; the table says how many
     different ones there are.
 
+    Args:
+        stage: The model.
+        config: Of its run: how clips are read.
+        data: The list.
+        media: What is compared with the captions.
+        caption: Their kind.
+        wordings: Of a clip with several captions of the kind: the first is the query; "all" are
+            queries, each of them right for the clip (MSVD, VATEX); or a "paragraph" of them
+            (DiDeMo, ActivityNet).
+        k: How many are re-ranked; 0: none.
+        same: Attributes.
+
     Raises:
         ValueError: A clip has no such caption.
     """
+    world = joined()
     kind = {"vision": "video"}.get(media, media)
     samples = read_list(data, kind)
     for sample in samples:
         if caption not in sample.captions:
             raise ValueError(f"retrieval: captions must have the kind {caption}: {sample.path}")
-    batches = ordered_batches(samples, config.data.clip, batch_size, crop="whole")
-    seen = _each_once(encode_media(stage, batches, media, keep_tokens=k > 0))
-    shown = [samples[i].captions[caption] for i in seen.sample_ids]
-    captions = list(dict.fromkeys(shown))
-    meant = shown
+    seen, skipped = _encode_shared(stage, config, samples, media, k > 0, world)
+    shown = [samples[i] for i in seen.sample_ids]
     if same:
-        rows = [samples[i].attributes for i in seen.sample_ids]
-        meant = [repr([row.get(name) for name in same]) for row in rows]
-    by_caption = dict(zip(shown, meant, strict=True))
-    ids = group_ids([*meant, *(by_caption[c] for c in captions)])
-    texts = encode_texts(stage, captions, keep_hidden=k > 0)
-    table = retrieval(
-        stage, seen, texts, ids[: len(shown)], ids[len(shown) :], kind=media, k=k, world=world
-    )
+        meant = [repr([sample.attributes.get(name) for name in same]) for sample in shown]
+    else:
+        meant = [sample.captions[caption] for sample in shown]
+    media_ids = group_ids(meant)
+    # each sentence once for a group
+    queries = {
+        (group, text): None
+        for group, sample in zip(media_ids.tolist(), shown, strict=True)
+        for text in _wordings(sample, caption, wordings)
+    }
+    texts = encode_texts(stage, [text for _, text in queries], keep_hidden=k > 0)
+    text_ids = torch.tensor([group for group, _ in queries])
+    table = retrieval(stage, seen, texts, media_ids, text_ids, kind=media, k=k, world=world)
     return {
         "media": media,
         "caption": caption,
         "clips": len(shown),
-        "captions": len(captions),
-        "different": len(set(ids.tolist())),
-        "skipped": batches.skipped,
+        "captions": len(queries),
+        "different": len(set(media_ids.tolist())),
+        "skipped": skipped,
         "scores": table,
     }
+
+
+def _wordings(sample: Sample, caption: str, wordings: Wordings) -> list[str]:
+    first = sample.captions[caption]
+    if wordings == "first":
+        return [first]
+    every = [first, *sample.attributes.get("paraphrases", {}).get(caption, [])]
+    every = list(dict.fromkeys(every))
+    return every if wordings == "all" else [" ".join(every)]
+
+
+def _encode_shared(
+    stage: DualEncoder,
+    config: TrainConfig,
+    samples: Sequence[Sample],
+    media: Media,
+    keep_tokens: bool,
+    world: World,
+) -> tuple[MediaSet, dict[str, str]]:
+    """All clips in the order of the list, each encoded by one rank; and what cannot be read."""
+    own = samples[world.rank :: world.size]
+    batches = ordered_batches(own, config.data.clip, _MEDIA_BATCH, crop="whole") if own else None
+    parts: list[tuple[MediaSet, dict[str, str]] | None] = [None]
+    if batches is not None:
+        found = _each_once(encode_media(stage, batches, media, keep_tokens=keep_tokens))
+        ids = [world.rank + world.size * i for i in found.sample_ids]
+        parts = [(replace(found, sample_ids=ids), batches.skipped)]
+    sets = [part for part in world.gather(parts[0]) if part is not None]
+    skipped = {path: reason for _, some in sets for path, reason in some.items()}
+    return _in_order([found for found, _ in sets]), skipped
+
+
+def _in_order(parts: Sequence[MediaSet]) -> MediaSet:
+    """Several sets as one, by number of sample."""
+    numbers = [i for part in parts for i in part.sample_ids]
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    paths = [path for part in parts for path in part.paths]
+    return MediaSet(
+        torch.cat([part.features for part in parts])[order],
+        {
+            tower: torch.cat([part.tokens[tower] for part in parts])[order]
+            for tower in parts[0].tokens
+        },
+        [paths[i] for i in order],
+        [numbers[i] for i in order],
+    )
 
 
 def evaluate_zero_shot(

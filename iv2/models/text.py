@@ -163,14 +163,14 @@ class _Attention(nn.Module):
             k, v = (part.flatten(0, 1) for part in media)
         dropout = self.dropout if self.training else 0.0
         if dropout:
-            o = _padded_attention(q, k, v, packed, dropout)
+            o = padded_attention(q, k, v, packed, dropout)
         else:
             o = attention(q, k, v, packed=packed)  # type: ignore[assignment]
         y: Tensor = self.output(o.flatten(1), x)
         return y
 
 
-def _padded_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float) -> Tensor:
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float) -> Tensor:
     """PyTorch's attention on padded sequences, which drops probabilities; the op does not."""
     cu_q = packed.cu_seqlens_q.long()
     cu_k = cu_q if packed.cu_seqlens_k is None else packed.cu_seqlens_k.long()

@@ -16,16 +16,13 @@ from torch import Tensor, nn
 
 from iv2.checkpoint import Report
 from iv2.config import ClipStageConfig
-from iv2.data.captions import clean_caption
+from iv2.data.captions import choose_captions
 from iv2.models.clip import ClipModel, build_clip
 from iv2.models.clip_files import load_clip
 from iv2.models.clip_text import TextTokenizer
 from iv2.models.stage2 import Seen
 from iv2.models.vision import VisionConfig
 from iv2kernels.distributed import contrastive_loss, gather_async
-
-# Apart from the draws of other parts, which use the same seeds.
-_PARAPHRASE_SALT = 0x7061726170
 
 
 class ClipStage(nn.Module):
@@ -109,7 +106,7 @@ class ClipStage(nn.Module):
         if self.training:
             self.model.clamp_temperature()
         # text first: its features travel to the other ranks while the video encoder runs
-        captions = [clean_caption(caption) for caption in self._captions(batch)]
+        captions = choose_captions(batch, self.config.caption, training=self.training)
         text = self.tokenizer.encode(captions, self.config.max_tokens)
         t = self.model.encode_text(text.to(batch["seeds"].device))
         gathering = gather_async(t) if self.config.gather == "gather" else None
@@ -135,28 +132,6 @@ class ClipStage(nn.Module):
             raise ValueError(f"ClipStage: media must be vision, got {got}")
         seeds = batch["seeds"] if self.training else None
         return Seen({}, {"vision": self.model.encode_video(batch["video"], seeds=seeds)})
-
-    def _captions(self, batch: dict[str, Any]) -> list[str]:
-        """The captions, or in training one of their paraphrases."""
-        kind, chosen = self.config.caption, []
-        rows = zip(
-            batch["captions"],
-            batch["attributes"],
-            (batch["seeds"] + _PARAPHRASE_SALT).tolist(),
-            batch["paths"],
-            strict=True,
-        )
-        for captions, attributes, seed, path in rows:
-            if kind not in captions:
-                raise ValueError(
-                    f"ClipStage: captions must have the kind {kind}, got "
-                    f"{', '.join(captions) or 'none'}: {path}"
-                )
-            wordings = [captions[kind]]
-            if self.training:
-                wordings += attributes.get("paraphrases", {}).get(kind, [])
-            chosen.append(wordings[(seed >> 20) % len(wordings)])
-        return chosen
 
 
 def _is_part(name: str, wanted: str) -> bool:

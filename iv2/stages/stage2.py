@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from iv2.checkpoint import load_checkpoint
 from iv2.config import Pairing, Stage2Config, TrainConfig
-from iv2.data.captions import Tokenizer, clean_caption, mask_tokens
+from iv2.data.captions import Tokenizer, choose_captions, mask_tokens
 from iv2.models.audio import AudioConfig
 from iv2.models.stage2 import KeysValues, Media, Seen, Stage2Model, join_keys_values
 from iv2.models.text import PackedText, TextConfig
@@ -47,7 +47,7 @@ _TOWER_FILES = {
     "audio": (),
 }
 # Apart from the draws of other parts, which use the same seeds.
-_PARAPHRASE_SALT, _NEGATIVES_SALT, _MLM_SALT = 0x7061726170, 0x6E656761, 0x6D6C6D
+_NEGATIVES_SALT, _MLM_SALT = 0x6E656761, 0x6D6C6D
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Stage2(nn.Module):
     def _read(self, batch: dict[str, Any], kind: str, pairings: list[Pairing]) -> _Read:
         """Captions of a kind, and their features on the way to the other ranks."""
         device, config = batch["seeds"].device, self.config
-        captions = [clean_caption(c) for c in self._captions(batch, kind)]
+        captions = choose_captions(batch, kind, training=self.training)
         text = self.tokenizer.encode(captions, config.max_tokens).to(device)
         count, rows, targets = len(text), None, None
         if any(pairing.mlm for pairing in pairings):
@@ -208,29 +208,6 @@ class Stage2(nn.Module):
         compared = any(pairing.vtc for pairing in pairings) and config.gather == "gather"
         gathering = gather_async(features) if compared else None
         return _Read(text, hidden, features, rows, targets, gathering)
-
-    def _captions(self, batch: dict[str, Any], kind: str) -> list[str]:
-        """The captions of a kind, one of the paraphrases where there are any."""
-        chosen = []
-        rows = zip(
-            batch["captions"],
-            batch["attributes"],
-            (batch["seeds"] + _PARAPHRASE_SALT).tolist(),
-            batch["paths"],
-            strict=True,
-        )
-        for captions, attributes, seed, path in rows:
-            if kind not in captions:
-                raise ValueError(
-                    f"Stage2: captions must have the kind {kind}, got "
-                    f"{', '.join(captions) or 'none'}: {path}"
-                )
-            wordings = [captions[kind]]
-            if self.training:
-                wordings += attributes.get("paraphrases", {}).get(kind, [])
-            # the low bits of a seed plus a constant would repeat those of other draws
-            chosen.append(wordings[(seed >> 20) % len(wordings)])
-        return chosen
 
     def _losses(
         self,

@@ -255,7 +255,7 @@ def test_a_run_with_a_language_model(world, tmp_path):
 def test_features_are_those_of_the_model(trained):
     run_dir, listing, _, _ = trained
     stage, config = load_dual_encoder(run_dir)
-    table = evaluate(stage, config, listing, k=128, batch_size=4)
+    table = evaluate(stage, config, listing, k=128)
     assert set(table["scores"]) == {"sim", "dsl"}
     assert table["clips"] == 6
     from iv2.eval.features import ordered_batches

@@ -114,15 +114,108 @@ def test_captions_kinds_and_ids(tmp_path: Path) -> None:
     assert (sample.kind, sample.id) == ("audio_video", "7")
     assert sample.attributes == {}
     for row, message in (
-        ({"kind": "film"}, "kind must be one of image, video, audio, audio_video, got 'film'"),
+        (
+            {"kind": "film"},
+            "kind must be one of image, video, audio, audio_video, text, got 'film'",
+        ),
         ({"captions": ["x"]}, "captions must be an object by kind, got"),
-        ({"captions": {"sung": "x"}}, r"captions must be strings by kind \(visual, .* got sung"),
+        ({"captions": {"sung": "x"}}, r"captions must be strings, .* \(visual, .* got sung"),
         ({"id": [3]}, r"id must be a string or an integer, got \[3\]"),
-        ({"captions": {"av": 3}}, "captions must be strings by kind .* got av: 3"),
+        ({"captions": {"av": 3}}, "captions must be strings, .* got av: 3"),
+        ({"caption": []}, r"captions must be strings, or lists of them, .* got visual: \[\]"),
+        ({"captions": {"av": ["x", 3]}}, "captions must be strings, .* got av: "),
     ):
         (tmp_path / "l.jsonl").write_text(json.dumps({"path": "a.mp4", **row}) + "\n")
         with pytest.raises(ValueError, match=message):
             read_list(tmp_path / "l.jsonl")
+
+
+def test_several_captions_of_a_clip(tmp_path: Path) -> None:
+    row = {"path": "a.mp4", "caption": ["x", "y", "z"], "captions": {"audio": "s"}, "by": "me"}
+    (tmp_path / "l.jsonl").write_text(json.dumps(row))
+    (sample,) = read_list(tmp_path / "l.jsonl")
+    assert sample.captions == {"visual": "x", "audio": "s"}
+    assert sample.attributes == {"by": "me", "paraphrases": {"visual": ["y", "z"]}}
+
+
+USER, REPLY = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "a dog"}
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+def test_messages_and_rows_of_text(tmp_path: Path) -> None:
+    rows = [
+        {"path": "a.mp4", "kind": "audio_video", "messages": [USER, REPLY, USER, REPLY], "x": 1},
+        {"kind": "text", "messages": [SYSTEM, USER, REPLY]},
+        {"path": "b.mp4"},
+    ]
+    listing = tmp_path / "l.jsonl"
+    listing.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two, three = read_list(listing)
+    assert (one.messages, one.kind) == ([USER, REPLY, USER, REPLY], "audio_video")
+    assert one.attributes == {"x": 1}
+    assert (two.path, two.kind, two.messages) == ("", "text", [SYSTEM, USER, REPLY])
+    assert three.messages == []
+    listing.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    texts = read_list(listing, "text")  # conversations on a clip, without it
+    assert [(s.path, s.kind) for s in texts] == [("", "text")] * 2
+    assert texts[0].messages == [USER, REPLY, USER, REPLY]
+    with pytest.raises(ValueError, match=r"l.jsonl:2: path must be a string, got None"):
+        read_list(listing, "video")
+    with pytest.raises(ValueError, match="path must be a list for kind text, got"):
+        read_list(tmp_path, "text")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": []}, "messages must be a list of at least one turn, got none"),
+        ({"messages": "hello"}, "messages must be a list of at least one turn, got str"),
+        ({"messages": ["hello"]}, r"messages\[1\] must be an object of role and content, got str"),
+        (
+            {"messages": [USER, {"role": "assistant"}]},
+            r"messages\[2\] must be an object of role and content, got role",
+        ),
+        (
+            {"messages": [USER, {**REPLY, "name": "x"}]},
+            r"messages\[2\] must be an object of role and content, got role, content, name",
+        ),
+        (
+            {"messages": [USER, {**REPLY, "content": " "}]},
+            r"messages\[2\]: content must be text, got ' '",
+        ),
+        (
+            {"messages": [USER, {**REPLY, "content": None}]},
+            r"messages\[2\]: content must be text, got None",
+        ),
+        ({"messages": [REPLY]}, r"messages\[1\]: role must be user, got 'assistant'"),
+        (
+            {"messages": [USER, USER, REPLY]},
+            r"messages\[2\]: role must be assistant, got 'user'",
+        ),
+        (
+            {"messages": [SYSTEM, USER, REPLY, REPLY]},
+            r"messages\[4\]: role must be user, got 'assistant'",
+        ),
+        (
+            {"messages": [USER, SYSTEM, REPLY]},
+            r"messages\[2\]: role must be assistant, got 'system'",
+        ),
+        ({"messages": [USER]}, "messages must end with the assistant's, got user"),
+        ({"messages": [SYSTEM]}, "messages must end with the assistant's, got system"),
+        ({"kind": "text"}, "messages must be given for text, got none"),
+        (
+            {"kind": "text", "path": "a.mp4", "messages": [USER, REPLY]},
+            "path must be left out for text, got 'a.mp4'",
+        ),
+    ],
+)
+def test_wrong_messages_are_told_with_their_line(tmp_path: Path, row: dict, message: str) -> None:
+    first = {"path": "a.mp4", "messages": [USER, REPLY]}
+    row = row if "kind" in row else {"path": "b.mp4", **row}
+    listing = tmp_path / "l.jsonl"
+    listing.write_text(json.dumps(first) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=rf"l\.jsonl:2: {message}$"):
+        read_list(listing)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +228,11 @@ def test_captions_kinds_and_ids(tmp_path: Path) -> None:
         ("l.jsonl", '{"path": "a", "start": "x"}', r":1: start must be a number, got 'x'"),
         ("l.jsonl", '{"path": "a", "start": NaN}', r":1: start must be a number, got nan"),
         ("l.jsonl", '{"path": "a", "label": 1.5}', r":1: label must be an integer, got 1.5"),
-        ("l.jsonl", '{"path": "a", "caption": 1}', r":1: caption must be a string, got 1"),
+        (
+            "l.jsonl",
+            '{"path": "a", "caption": 1}',
+            r":1: captions must be .* got visual: 1",
+        ),
         ("l.jsonl", '{"path": "a", "attributes": 1}', r":1: attributes must be an object, got 1"),
         ("l.jsonl", '{"path": "a", "start": 2, "end": 1}', r"0 <= start < end must hold"),
         ("l.jsonl", '{"path": "a", "start": -1}', r"0 <= start < end must hold"),

@@ -40,7 +40,7 @@ def test_absent_fields_take_defaults():
         ({"optim": {"learning_rate": 1}}, "OptimConfig: field must be one of .*got optim.learn"),
         (
             {"stage": "stage9"},
-            "config: stage must be one of stage1, stage2, clip, finetune, got 'stage9'",
+            "config: stage must be one of stage1, stage2, clip, stage3, finetune, got 'stage9'",
         ),
         ({"seed": "one"}, "config: seed must be int, got 'one'"),
         ({"optim": {"betas": [0.9]}}, r"config: optim.betas must be tuple.*, got \[0.9\]"),

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from iv2.checkpoint import CheckpointError
 from iv2.config import DataConfig, Stage2Config, TrainConfig
 from iv2.data.clips import Sample, read_list
 from iv2.data.synthetic import write_toyworld
+from iv2.eval.features import ordered_batches
+from iv2.eval.retrieval import encode_media, encode_texts, evaluate, retrieval
 from iv2.models.stage2 import Stage2ModelConfig
 from iv2.recipes import RECIPES
 from iv2.serve.index import Index, Segment, cut, embed, search
@@ -112,10 +117,64 @@ def test_from_the_command_line(trained, tmp_path, capsys) -> None:
         cli.main([*shape, "age", *flags])
     with pytest.raises(SystemExit, match=r"template must have \{\} for the class, got 'a shape'"):
         cli.main([*shape, "shape", *flags, "--templates", "a shape"])
-    with pytest.raises(SystemExit, match="what must be one of retrieval, zero-shot, got nothing"):
+    with pytest.raises(
+        SystemExit, match=r"what must be one of retrieval, zero-shot, .*got nothing"
+    ):
         cli.main(["eval"])
     with pytest.raises(SystemExit, match="run must be given, or recipe and weights, got neither"):
         cli.main(["search", "a bar", "--index", str(index)])
+
+
+def test_several_wordings(trained, tmp_path) -> None:
+    """All captions of a clip are right for it; a paragraph is one query."""
+    run_dir, listing = trained
+    paths = [sample.path for sample in read_list(listing)[:3]]
+    told = [["a red bar", "a bar"], ["a blue cross", "a red bar"], "a green corner"]
+    rows = [{"path": path, "caption": x} for path, x in zip(paths, told, strict=True)]
+    data = tmp_path / "l.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage, config = load_stage2(run_dir)
+    tables = {
+        wordings: evaluate(stage, config, data, wordings=wordings, k=2)
+        for wordings in ("first", "all", "paragraph")
+    }
+    assert {w: t["captions"] for w, t in tables.items()} == {"first": 3, "all": 5, "paragraph": 3}
+    assert all(t["clips"] == t["different"] == 3 for t in tables.values())
+    # by hand
+    media = encode_media(stage, ordered_batches(read_list(data), config.data.clip, 3, crop="whole"))
+    for wordings, sentences, owners in (
+        ("all", [*told[0], *told[1], told[2]], [0, 0, 1, 1, 2]),
+        ("paragraph", [" ".join(told[0]), " ".join(told[1]), told[2]], [0, 1, 2]),
+    ):
+        texts = encode_texts(stage, sentences)
+        expected = retrieval(stage, media, texts, torch.arange(3), torch.tensor(owners), k=2)
+        assert tables[wordings]["scores"] == expected
+
+
+def test_ranks_share_the_work(trained, tmp_path) -> None:
+    run_dir, listing = trained
+    flags = ["--data", listing, "--media", "audio_video", "--caption", "av", "--k", "3"]
+    command = ["eval", "retrieval", *flags, "--run", run_dir, "--json"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "4",
+        "--standalone",
+        "-m",
+        "--",
+        "iv2",
+    ]
+    alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
+    cli.main([*map(str, command), str(alone)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, *launch, *map(str, command), str(shared)],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    assert json.loads(shared.read_text()) == json.loads(alone.read_text())
 
 
 def test_stage_1_hands_over_to_fewer_frames(trained, tmp_path) -> None:

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from media import numbers, write_broken, write_video
 from iv2.data import loader
 from iv2.data.clips import Sample, read_list
 from iv2.data.loader import Batches, ClipConfig, FrameCache, VideoDataset, sample_key
+from iv2.data.mixed import MixedBatches
 from iv2.data.synthetic import write_toyworld
 from iv2.data.transforms import CropConfig
 
@@ -65,6 +67,50 @@ def test_batch(toys: list[Sample]) -> None:
         assert batch["labels"][place] == toys[index].label
     unlabelled = VideoDataset([Sample(toys[0].path), toys[1]], CONFIG)
     assert "labels" not in next(Batches(unlabelled, 2))
+
+
+def talk(answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "what?"}, {"role": "assistant", "content": answer}]
+
+
+def test_messages_travel_with_their_clips(toys: list[Sample]) -> None:
+    samples = [replace(s, messages=talk(f"number {i}")) for i, s in enumerate(toys)]
+    for batch in take(Batches(VideoDataset(samples, CONFIG), 3), 4):
+        for index, messages in zip(batch["sample_ids"].tolist(), batch["messages"], strict=True):
+            assert messages == talk(f"number {index}")
+    assert next(Batches(VideoDataset(toys, CONFIG), 2))["messages"] == [[], []]
+
+
+def test_batches_of_text_open_nothing() -> None:
+    samples = [Sample("", kind="text", messages=talk(str(i))) for i in range(5)]
+    for workers in (0, 1):
+        dataset = VideoDataset(samples, CONFIG, cache_bytes=10**6)
+        with Batches(dataset, 2, num_workers=workers, epochs=1, shuffle=False) as batches:
+            found = list(batches)
+        assert [m[1]["content"] for b in found for m in b["messages"]] == list("01234")
+        assert {b["kind"] for b in found} == {"text"}
+        assert all("video" not in b and "fbank" not in b for b in found)
+        assert batches.skipped == {}
+
+
+def test_text_and_video_take_turns(toys: list[Sample]) -> None:
+    texts = [Sample("", kind="text", messages=talk(str(i))) for i in range(6)]
+    sources = [Batches(VideoDataset(s, CONFIG), 2) for s in (toys, texts)]
+    kinds = {b["kind"]: b for b in take(MixedBatches(sources, seed=1), 12)}
+    assert set(kinds) == {"text", "video"}
+    assert "video" in kinds["video"]
+    assert "video" not in kinds["text"]
+
+
+def test_a_position_is_of_one_list_of_texts() -> None:
+    def batches(word: str) -> Batches:
+        samples = [Sample("", kind="text", messages=talk(f"{word}{i}")) for i in range(4)]
+        return Batches(VideoDataset(samples, CONFIG), 2)
+
+    state = batches("a").state_dict()
+    batches("a").load_state_dict(state)
+    with pytest.raises(ValueError, match="digest must be"):
+        batches("b").load_state_dict(state)
 
 
 def test_uint8_frames_are_those_of_the_rule(tmp_path: Path) -> None:

@@ -1,0 +1,196 @@
+"""The stage-3 model: video encoder, Q-Former and language model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iv2.checkpoint import Report, load_weights, read_weights
+from iv2.models.language import base, plain_name
+from iv2.models.qformer import QFormer, QFormerConfig
+from iv2.models.text import PackedText
+from iv2.models.vision import VisionEncoder
+from iv2.models.vision_config import VisionConfig
+from iv2kernels.nn import Linear
+
+
+def trunk_config(config: VisionConfig, skip: int = 1) -> VisionConfig:
+    """A video encoder without its last blocks, its heads and decoders.
+
+    The drop-path rates of the blocks that stay are those of the whole encoder.
+
+    Raises:
+        ValueError: No block would be left.
+    """
+    depth = config.depth - skip
+    if skip < 0 or depth < 1:
+        raise ValueError(f"trunk_config: skip must be in [0, {config.depth}), got {skip}")
+    rate = config.drop_path * (depth - 1) / max(1, config.depth - 1)
+    return replace(
+        config,
+        depth=depth,
+        drop_path=rate,
+        checkpoint_num=min(config.checkpoint_num, depth),
+        attn_pool_num_heads=0,
+        clip_return_layer=0,
+        mae_return_layer=0,
+        num_classes=0,
+    )
+
+
+class VideoChatModel(nn.Module):
+    """Video encoder, Q-Former and language model, under the names of published files.
+
+    Args:
+        vision: The whole video encoder, as it was trained.
+        qformer: Sizes; ``media_dim`` is set to the width of the video encoder.
+        lm: A causal model of transformers, or of peft around it.
+        skip_blocks: How many of the last blocks of the video encoder are left out.
+
+    Raises:
+        ValueError: No block would be left.
+    """
+
+    def __init__(
+        self, vision: VisionConfig, qformer: QFormerConfig, lm: nn.Module, skip_blocks: int = 1
+    ) -> None:
+        super().__init__()
+        width = vision.embed_dim
+        self.vision_encoder = VisionEncoder(trunk_config(vision, skip_blocks))
+        self.vision_layernorm = nn.LayerNorm(width, eps=1e-12)
+        self.qformer = QFormer(replace(qformer, media_dim=width))
+        self.query_tokens = nn.Parameter(torch.zeros(1, qformer.num_queries, qformer.embed_dim))
+        nn.init.normal_(self.query_tokens, std=0.02)
+        if qformer.num_extra_queries:
+            # Published ones start at zero, where LayerNorm has gradients of 1e6 and where, without
+            # dropout, all of them stay one query for ever.
+            shape = (1, qformer.num_extra_queries, qformer.embed_dim)
+            self.extra_query_tokens = nn.Parameter(torch.zeros(shape))
+            nn.init.normal_(self.extra_query_tokens, std=0.02)
+        self.project_up = Linear(qformer.embed_dim, base(lm).config.hidden_size)
+        self.lm = lm
+
+    @property
+    def num_queries(self) -> int:
+        """Embeddings that a view of a video becomes."""
+        config = self.qformer.config
+        return config.num_queries + config.num_extra_queries
+
+    def embed_video(
+        self,
+        video: Tensor,  # uint8 [B, T, H, W, 3] | float [B, 3, T, H, W]
+        instruction: PackedText | None = None,
+        *,
+        seeds: Tensor | None = None,  # [B]
+    ) -> Tensor:
+        """Embeddings [B, Q, C of the language model] in the places of words.
+
+        Where nothing of the video encoder is trained, nothing of it is kept for backward.
+
+        Args:
+            video: Frames or normalised video.
+            instruction: What the Q-Former reads beside each, or None.
+            seeds: int64, keys of drop path.
+        """
+        vision = self.vision_encoder
+        is_trained = any(p.requires_grad for p in vision.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+            tokens = vision(video, seeds=seeds).tokens
+        media = self.vision_layernorm(tokens.to(self.vision_layernorm.weight.dtype))
+        queries: Tensor = self.query_tokens
+        if self.qformer.config.num_extra_queries:
+            queries = torch.cat([queries, self.extra_query_tokens], dim=1)
+        found = self.qformer(queries, media, instruction)
+        embeddings: Tensor = self.project_up(found)
+        return embeddings
+
+    def embed_text(
+        self,
+        ids: Tensor,  # [B, L] int64
+        video: Tensor | None = None,  # [V, Q, C]
+        in_video: Tensor | None = None,  # [B, L] bool
+    ) -> Tensor:
+        """Inputs [B, L, C] of the language model, the embeddings of videos in their places.
+
+        Raises:
+            ValueError: There are more or fewer places than embeddings.
+        """
+        table = base(self.lm).get_input_embeddings()
+        words: Tensor = table(ids)
+        if in_video is None:
+            return words
+        places = int(in_video.sum())
+        count = 0 if video is None else video.shape[0] * video.shape[1]
+        if places != count:
+            raise ValueError(
+                f"VideoChatModel: places must be as many as embeddings, {count}, got {places}"
+            )
+        if video is None:
+            return words
+        rows = video.reshape(count, -1).to(words.dtype)
+        return words.masked_scatter(in_video[..., None], rows)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> VideoChatModel:
+        """As torch's; the frequencies of rotary embedding, which are buffers, stay float32."""
+        owners = [m for m in self.lm.modules() if next(m.buffers(recurse=False), None) is not None]
+        kept = [dict(module.named_buffers(recurse=False)) for module in owners]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, buffers in zip(owners, kept, strict=True):
+            for name, exact in buffers.items():
+                setattr(module, name, exact.to(module.get_buffer(name).device))
+        return self
+
+
+def load_video_chat(
+    model: VideoChatModel,
+    path: str | Path,
+    *,
+    elsewhere: Collection[str] = (),
+    lm_has_files: bool = False,
+    parts: tuple[str, ...] = (),
+) -> Report:
+    """Load a published file, or that of a run, strictly but for what is ``elsewhere``.
+
+    LoRA and the layers below it are found under the names of old and new versions of peft. A file
+    without LoRA leaves it as it is.
+
+    Args:
+        model: On any device but meta, unless the file has everything.
+        path: The file.
+        elsewhere: Weights that have other files. Those the file has all the same must be equal.
+        lm_has_files: The language model came from its own files: what is absent of it stays.
+        parts: How the names begin that are taken; empty: all.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        ValueError: Tensors are missing or have other sizes, or frozen ones differ.
+    """
+    own = model.state_dict()
+    names = {plain_name(name): name for name in own}
+    found = {names.get(plain_name(n), n): t for n, t in read_weights(path).items()}
+    if parts:
+        found = {name: tensor for name, tensor in found.items() if name.startswith(parts)}
+    changed = [
+        name
+        for name in elsewhere
+        if name in found and not torch.equal(found[name].to(own[name]), own[name])
+    ]
+    if changed:
+        raise ValueError(
+            f"load_video_chat: {path} must have the language model of lm.folder, which is frozen "
+            f"and not saved, got other values of {', '.join(sorted(changed)[:4])}"
+        )
+    may_miss = set(elsewhere)
+    lora = {n for n in own if n.startswith("lm.") and ".lora_" in n}
+    if not lora & found.keys():  # it starts as nothing
+        may_miss |= lora
+    if lm_has_files:
+        may_miss |= {n for n in own if n.startswith("lm.")} - lora
+    if parts:
+        may_miss |= {name for name in own if not name.startswith(parts)}
+    return load_weights(model, found, path, prefix="", allow_missing=may_miss)

@@ -1,0 +1,339 @@
+"""Stage 3: next-token prediction of answers, through a language model that reads a video.
+
+Texts of different lengths are padded at the right. The language model gives hidden states, and
+only those from which an answer's tokens are predicted meet its head: logits are never stored.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iv2.checkpoint import load_checkpoint
+from iv2.config import Stage3Config
+from iv2.data.captions import Tokenizer
+from iv2.models.language import (
+    Language,
+    build_language,
+    hidden_states,
+    next_token_loss,
+    save_language,
+)
+from iv2.models.stage3 import VideoChatModel, load_video_chat
+from iv2.models.text import PackedText
+from iv2.models.vision_config import VisionConfig
+from iv2.stages.conversation import Conversation, ConversationTooLongError, Tokens
+from iv2.stages.stage2 import share_of_mean
+from iv2.stages.tiles import tiles
+
+# The trunk of stage 2 has more than is needed; tables of images may be absent.
+_VISION_LACKS = ("img_pos_embed",)
+# What stands between the towers.
+_BRIDGE = ("qformer.", "query_tokens", "extra_query_tokens", "vision_layernorm.", "project_up.")
+
+
+class _Saved:
+    """What a run keeps beside its weights."""
+
+    def __init__(self, language: Language, words: Tokenizer | None) -> None:
+        self.language, self.words = language, words
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizers, and the config.json of the language model."""
+        save_language(self.language.lm, self.language.tokenizer, folder)
+        if self.words is not None:
+            self.words.save(folder)
+
+
+class Stage3(nn.Module):
+    """The mean loss of all answers' tokens; over several processes, of all ranks'.
+
+    A conversation whose last round alone is longer than ``config.max_tokens`` is left out, with a
+    warning, and listed in ``skipped``; early rounds that do not fit are counted in
+    ``dropped_rounds``.
+
+    Args:
+        model: Video encoder, Q-Former and language model.
+        language: That language model and its tokenizer.
+        config: What is trained, and how long texts may be.
+        words: Tokenizer of the Q-Former's instructions, if it reads them.
+
+    Raises:
+        ValueError: frozen names no module, or the chat template cannot be used.
+    """
+
+    # Steps may leave the video encoder out: a batch of texts has no video.
+    uses_all_parameters = False
+
+    def __init__(
+        self,
+        model: VideoChatModel,
+        language: Language,
+        config: Stage3Config,
+        words: Tokenizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.config, self.words = model, config, words
+        self.language_tokenizer = language.tokenizer
+        self.loss_weights = {"next_token": 1.0}
+        self.conversation = Conversation(language.tokenizer, config.lm.format, model.num_queries)
+        self.skipped: dict[str, str] = {}
+        self.dropped_rounds = 0
+        parts = dict(model.named_modules()) | dict(model.named_parameters())
+        for name in config.frozen:
+            if name not in parts or name.split(".")[0] == "lm":
+                raise ValueError(f"Stage3: frozen must name parts of the model but lm, got {name}")
+            parts[name].requires_grad_(False)
+
+    @property
+    def tokenizer(self) -> _Saved:
+        """What a run keeps beside its weights."""
+        return _Saved(Language(self.model.lm, self.language_tokenizer), self.words)
+
+    @property
+    def trained(self) -> VideoChatModel:
+        """What is trained, among what is not."""
+        return self.model
+
+    @property
+    def elsewhere(self) -> frozenset[str]:
+        """Parameters that a run does not save: frozen ones of a language model with own files."""
+        if self.config.lm.weights != "pretrained":
+            return frozenset()
+        named = self.model.named_parameters(remove_duplicate=False)
+        return frozenset(n for n, p in named if n.startswith("lm.") and not p.requires_grad)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says about the stage."""
+        return {}
+
+    def load_towers(self) -> None:
+        """Load the files of ``config.{vision, qformer, chat}_init``, strictly; the last wins.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+            ValueError: A file does not fit.
+        """
+        config, model = self.config, self.model
+        if config.vision_init:
+            load_checkpoint(model.vision_encoder, config.vision_init, allow_missing=_VISION_LACKS)
+        if config.qformer_init:
+            load_video_chat(model, config.qformer_init, parts=_BRIDGE)
+        if config.chat_init:
+            load_video_chat(
+                model,
+                config.chat_init,
+                elsewhere=self.elsewhere,
+                lm_has_files=config.lm.weights == "pretrained",
+            )
+
+    def train(self, mode: bool = True) -> Stage3:
+        """As torch's; what is not trained at all stays in evaluation mode."""
+        super().train(mode)
+        for part in (self.model.vision_encoder, self.model.qformer, self.model.lm):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The loss by name, ``next_token``.
+
+        Args:
+            batch: ``messages`` (a conversation for each sample), ``video`` unless it is of text
+                alone, ``seeds`` and ``paths``.
+
+        Raises:
+            ValueError: A conversation is none; its sample is named.
+        """
+        device = self.model.project_up.weight.device
+        views = self._views(batch.get("video"))
+        chosen, rows = self._tokens(batch, 0 if views is None else views.shape[1])
+        if not rows:  # every rank must have a gradient
+            nothing = self.model.project_up.weight.sum() * 0
+            return {"next_token": share_of_mean(nothing.float(), 0)}
+        ids, in_video, targets = (x.to(device) for x in _pad(rows))
+        found = None
+        if views is not None:
+            kept = torch.tensor(chosen, device=views.device)
+            messages = [batch["messages"][i] for i in chosen]
+            seeds = batch["seeds"][kept] if self.training else None
+            found = self.see(views[kept], messages, seeds)
+        inputs = self.model.embed_text(ids, found, in_video)
+        hidden = hidden_states(self.model.lm, inputs)
+        learnt = targets >= 0
+        loss = next_token_loss(self.model.lm, hidden[learnt], targets[learnt])
+        return {"next_token": share_of_mean(loss, int(learnt.sum()))}
+
+    def see(
+        self,
+        views: Tensor,  # uint8 [B, V, T, H, W, 3] | float [B, V, 3, T, H, W]
+        messages: Sequence[Sequence[dict[str, str]]],
+        seeds: Tensor | None = None,  # [B]
+    ) -> Tensor:
+        """Embeddings [B * V, Q, C] of the views of each sample's video.
+
+        Args:
+            views: Tiles, segments, or the video itself.
+            messages: The conversations, for the Q-Former's instructions.
+            seeds: int64, keys of drop path.
+        """
+        count = views.shape[1]
+        if seeds is not None:
+            every = torch.arange(count, device=seeds.device)
+            seeds = (seeds[:, None] + (every << 40)).flatten()
+        text = self._instructions(messages, count)
+        text = None if text is None else text.to(views.device)
+        return self.model.embed_video(views.flatten(0, 1), text, seeds=seeds)
+
+    def _views(self, video: Tensor | None) -> Tensor | None:
+        if video is None or not self.config.tiles:
+            return None if video is None else video[:, None]
+        if video.dtype != torch.uint8:
+            raise TypeError(
+                "Stage3: video must be uint8 to be cut into tiles (data.clip.normalise False), "
+                f"got {video.dtype}"
+            )
+        side = self.model.vision_encoder.config.img_size
+        return torch.stack([tiles(frames, self.config.tiles, side) for frames in video])
+
+    def _tokens(self, batch: dict[str, Any], views: int) -> tuple[list[int], list[Tokens]]:
+        """Numbers of the samples that fit, and their tokens."""
+        chosen, rows = [], []
+        for i, messages in enumerate(batch["messages"]):
+            path = batch["paths"][i] or f"text with seed {int(batch['seeds'][i])}"
+            try:
+                found = self.conversation.tokens(messages, views, max_tokens=self.config.max_tokens)
+            except ConversationTooLongError as error:
+                if path not in self.skipped:
+                    warnings.warn(f"stage3: {path} is skipped: {error}", stacklevel=2)
+                self.skipped[path] = str(error)
+                continue
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            if not any(found.is_answer):
+                raise ValueError(f"{path}: Stage3: messages must hold an answer, got none")
+            self.dropped_rounds += found.dropped
+            chosen.append(i)
+            rows.append(found)
+        return chosen, rows
+
+    def _instructions(
+        self, messages: Sequence[Sequence[dict[str, str]]], views: int
+    ) -> PackedText | None:
+        """What the Q-Former reads, once a view; of long ones the beginning is cut, as published."""
+        if self.words is None or self.config.instruction == "none":
+            return None
+        role = {"system": "system", "question": "user"}[self.config.instruction]
+        texts = []
+        for conversation in messages:
+            said = [m["content"] for m in conversation if m["role"] == role]
+            texts += [said[0] if said else ""] * views
+        text = self.words.encode(texts, max_tokens=1 << 20)
+        most = self.model.qformer.config.max_positions
+        parts = [
+            row if len(row) <= most else torch.cat([row[:1], row[1 - most :]])
+            for row in torch.split(text.ids, text.cu_seqlens.diff().tolist())
+        ]
+        lengths = torch.tensor([0, *map(len, parts)])
+        return PackedText(torch.cat(parts), lengths.cumsum(0).int(), int(lengths.max()))
+
+
+def _pad(rows: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, where videos stand, and the token to predict next or -1, each [B, L]."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    in_video = torch.zeros(len(rows), longest, dtype=torch.bool)
+    targets = torch.full((len(rows), longest), -1)
+    for i, row in enumerate(rows):
+        own = torch.tensor(row.ids)
+        ids[i, : len(row)] = own
+        in_video[i, : len(row)] = torch.tensor(row.in_video)
+        after = torch.tensor(row.is_answer)[1:]
+        targets[i, : len(row) - 1] = torch.where(after, own[1:], -1)
+    return ids, in_video, targets
+
+
+def build_stage3(
+    vision: VisionConfig,
+    config: Stage3Config,
+    device: torch.device | str = "cpu",
+    *,
+    saved: str | Path = "",
+    dtype: torch.dtype = torch.float32,
+) -> Stage3:
+    """Build the model; a pretrained language model comes from its folder, all else is fresh.
+
+    Args:
+        vision: The whole video encoder, as it was trained.
+        config: Q-Former, language model, what is trained.
+        device: Where it runs.
+        saved: Folder in which a run keeps the tokenizer and config.json of its language model.
+        dtype: Of the language model's parameters.
+
+    Raises:
+        ValueError: No language model is named, or instructions have no tokenizer.
+        FileNotFoundError: A folder is not there.
+        RuntimeError: transformers, peft or gguf is not installed.
+    """
+    words = None
+    if config.instruction != "none":
+        if not config.qformer_tokenizer:
+            raise ValueError(
+                "Stage3Config: qformer_tokenizer must be a folder with vocab.txt for instructions, "
+                "got nothing"
+            )
+        words = Tokenizer(config.qformer_tokenizer)
+        if words.vocab_size > config.qformer.vocab_size:
+            raise ValueError(
+                f"Stage3: qformer.vocab_size must be at least the tokenizer's {words.vocab_size}, "
+                f"got {config.qformer.vocab_size}"
+            )
+    language = build_language(config.lm, saved, dtype)
+    model = VideoChatModel(vision, config.qformer, language.lm, config.skip_blocks)
+    return Stage3(model.to(device), language, config, words)
+
+
+def load_stage3(
+    run_dir: str | Path,
+    *,
+    weights: str | Path = "",
+    lm: str | Path = "",
+    device: torch.device | str = "cpu",
+) -> tuple[Stage3, Any]:
+    """The stage 3 of a run, in evaluation mode, and the run's configuration.
+
+    Args:
+        run_dir: Folder of the run.
+        weights: A file to load instead of its model.safetensors.
+        lm: Folder of the pretrained language model; empty takes the run's.
+        device: Where it runs.
+
+    Raises:
+        ValueError: The run is of another stage, or a file does not fit.
+        FileNotFoundError: A file is not there.
+        CheckpointError: The weights cannot be read.
+    """
+    from iv2.config import from_json
+    from iv2.models.language import SAVED
+
+    config = from_json(Path(run_dir) / "config.json")
+    if config.stage != "stage3":
+        raise ValueError(f"load_stage3: run must be of stage3, got {config.stage}")
+    own = config.stage3
+    if lm:
+        own = replace(own, lm=replace(own.lm, folder=str(lm)))
+    if own.instruction != "none":
+        own = replace(own, qformer_tokenizer=str(run_dir))
+    saved = Path(run_dir) / SAVED
+    stage = build_stage3(config.model, own, device, saved=saved if saved.is_dir() else "")
+    load_video_chat(
+        stage.model, weights or Path(run_dir) / "model.safetensors", elsewhere=stage.elsewhere
+    )
+    return stage.eval(), replace(config, stage3=own)
