@@ -138,7 +138,7 @@ def learn(stage: int = 1, out: Path | None = None) -> None:
     """The demo with the budget to reach its goals: a stage in at most 60 minutes on 2 cores.
 
     Args:
-        stage: Which stage (1 or 2).
+        stage: Which stage (1, 2 or 3); the ones before it are trained for a short time.
         out: Run folder, runs/learn-stage<N> by default; a killed run continues.
     """
     from iv2.demo import LEARN, run
@@ -393,6 +393,12 @@ def caption(
         print(dumps({"path": str(video), "caption": text}) if json else f"{video}\t{text}")
 
 
+def _serve(argv: Sequence[str]) -> None:
+    from iv2.serve.http import Settings, serve
+
+    serve(tyro.cli(Settings, args=list(argv), prog="iv2 serve"))
+
+
 COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "info": ("versions, instruction sets, decoders, the choice per op", info),
     "toyworld": ("write videos of moving shapes with sounds and captions", toyworld),
@@ -405,6 +411,7 @@ COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "search": ('find segments: iv2 search "a red bar" --run RUN --index INDEX', search),
     "chat": ("ask about a video: iv2 chat VIDEO --run RUN --question QUESTION", chat),
     "caption": ("describe videos: iv2 caption VIDEO... --run RUN", caption),
+    "serve": ("answer OpenAI's clients over HTTP: iv2 serve --run RUN --embed-run RUN", _serve),
     "convert": ("rewrite a published checkpoint as safetensors", convert),
     "demo": ("stages 1 and 2 on toy and real video in a quarter of an hour, one HTML page", demo),
     "learn": ("the demo with the budget to reach its goals", learn),
@@ -429,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"iv2: command must be one of {', '.join(COMMANDS)}, got {name}")
     command = COMMANDS[name][1]
     try:
-        if name in ("train", "eval"):  # these read their first argument themselves
+        if name in ("train", "eval", "serve"):  # these read their arguments themselves
             command(rest)
         else:
             tyro.cli(command, args=rest, prog=f"iv2 {name}")

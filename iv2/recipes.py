@@ -317,6 +317,7 @@ _STAGE2_TINY_AV = replace(
         pairings=(
             Pairing("vision", "visual", vtm=0.0, mlm=0.0),
             Pairing("audio", "speech", vtm=0.0),
+            Pairing("audio_video", "av", vtm=0.0, mlm=0.0),
             Pairing("audio_video", "avs"),
         ),
         mask_ratio=0.0,
