@@ -30,7 +30,7 @@ class SourceConfig:
     # Folder of videos, or list of clips.
     path: str = ""
     # What the list is of; empty takes the rows' own kind.
-    kind: Literal["", "image", "video", "audio", "audio_video"] = ""
+    kind: Literal["", "image", "video", "audio", "audio_video", "text"] = ""
     # How often it is taken, beside those of the others; 0: as often as it is long.
     weight: float = 0.0
     # Frames of a clip; 0: as data.clip says. Of an image it is always one.
@@ -50,7 +50,7 @@ class DataConfig:
     path: str = ""
     # What the list of path is of; empty takes the rows' own kind.
     kind: Literal["", "image", "video", "audio", "audio_video"] = ""
-    # Several lists instead of path; each step takes a batch of one of them.
+    # Several lists, in the folder of path where one is given; each step takes a batch of one.
     sources: tuple[SourceConfig, ...] = ()
     # What is taken of each clip. Beside a video teacher of tubelets, a stage-1 student of single
     # frames gets every second one.
@@ -285,6 +285,8 @@ class Stage3Config:
     qformer_tokenizer: str = ""
     # Weights of the video encoder: of stage 2, or of stage 1.
     vision_init: str = ""
+    # Weights of the audio tower: of stage 2, or BEATs'.
+    audio_init: str = ""
     # Weights of the Q-Former with its queries, norm and projection: of another stage 3.
     qformer_init: str = ""
     # Weights of another stage 3 whole: of a run, or a published file.
@@ -337,7 +339,7 @@ class TrainConfig:
     stage1: Stage1Config = field(default_factory=Stage1Config)
     # The text tower of stage 2.
     text: TextConfig = field(default_factory=TextConfig)
-    # The audio tower of stage 2; None has none.
+    # The audio tower of stages 2 and 3; None has none.
     audio: AudioConfig | None = None
     # Contrastive, matching and masked-language learning.
     stage2: Stage2Config = field(default_factory=Stage2Config)
@@ -383,6 +385,7 @@ FREE_FIELDS = frozenset(
         "stage3.lm.folder",
         "stage3.qformer_tokenizer",
         "stage3.vision_init",
+        "stage3.audio_init",
         "stage3.qformer_init",
         "stage3.chat_init",
     }

@@ -1,4 +1,4 @@
-"""`iv2 demo` and `iv2 learn`: stages 1 and 2 on the toy world and real clips, on one page.
+"""`iv2 demo` and `iv2 learn`: the stages on the toy world and real clips, on one page.
 
 Each step leaves a file in the run folder and is skipped when it is there: a killed run goes on.
 """
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from iv2 import demo_stage2, report, speed
+from iv2 import demo_stage2, demo_stage3, report, speed
 from iv2.checkpoint import load_checkpoint
 from iv2.config import TrainConfig
 from iv2.data.clips import read_list
@@ -26,6 +26,7 @@ from iv2.data.decode import probe as probe_video
 from iv2.data.loader import Batches, VideoDataset
 from iv2.data.synthetic import write_toyworld
 from iv2.demo_stage2 import DEMO2, LEARN2, Budget2
+from iv2.demo_stage3 import LEARN3, Budget3
 from iv2.eval.classify import probe
 from iv2.eval.features import extract, ordered_batches, without_chance
 from iv2.models.vision import VisionEncoder
@@ -55,6 +56,11 @@ class Budget:
     goal_is_margin: bool
     speed_rounds: int
     stage2: Budget2 | None = None
+    stage3: Budget3 | None = None  # it starts from stage 2
+
+    def __post_init__(self) -> None:
+        if self.stage3 is not None and self.stage2 is None:
+            raise ValueError("Budget: stage2 must be given for stage3, got none")
 
 
 DEMO = Budget(
@@ -85,6 +91,8 @@ LEARN: dict[int, Budget] = {
     ),
     # A short stage 1, as in the demo, is what stage 2 starts from.
     2: replace(DEMO, speed_rounds=1, stage2=LEARN2),
+    # So are a short stage 1 and a short stage 2 for stage 3.
+    3: replace(DEMO, speed_rounds=1, stage2=replace(DEMO2, steps=500), stage3=LEARN3),
 }
 
 
@@ -104,21 +112,28 @@ def run(budget: Budget, out: Path) -> Path:
         _train(out, students["supervised"])
     probes = _once(out / "probes.json", lambda: _probe_all(students, world, held_out))
     steps = _once(out / "speed.json", lambda: _speed(budget.speed_rounds))
-    second = None
+    second = third = None
     if budget.stage2 is not None:
         student = str(out / "stage1" / "model.safetensors")
         second = demo_stage2.run(budget.stage2, out, student, _precision(), _once, _say)
+    if budget.stage3 is not None:
+        weights = str(out / "stage2" / "model.safetensors")
+        third = demo_stage3.run(budget.stage3, out, weights, _precision(), _once, _say)
     # Over the calls that came this far; what a killed one had spent is not known.
     path = out / "results.json"
     before = json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.exists() else 0.0
     results = _results(budget, probes, steps, before + time.monotonic() - began)
     if second is not None:
         results["stage2"] = second
+    if third is not None:
+        results["stage3"] = third
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     page = out / "index.html"
     content = _page(results, students, out, held_out, clips)
     if second is not None:
         demo_stage2.page(second, out, content)
+    if third is not None:
+        demo_stage3.page(third, out, content)
     content.write(page)
     return page.resolve()
 
@@ -256,7 +271,9 @@ def _probe_all(
 
 def _speed(rounds: int) -> dict[str, dict[str, float]]:
     rows = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    # Without bfloat16 in hardware PyTorch's step takes minutes.
+    halves = (torch.bfloat16,) if _precision() == "bfloat16" else ()
+    for dtype in (torch.float32, *halves):
         name = str(dtype).removeprefix("torch.")
         _say(f"timing the stage-1 step of S/14, 417 tokens, batch 4, {name}")
         rows[name] = speed.compare(speed.Step("s", 4, dtype), rounds)
@@ -308,7 +325,8 @@ def _page(
     held_out: Path,
     clips: Path,
 ) -> report.Page:
-    page = report.Page("iv2: stages 1 and 2 on toy and real video")
+    stages = "1 and 2" if results["budget"]["stage3"] is None else "1, 2 and 3"
+    page = report.Page(f"iv2: stages {stages} on toy and real video")
     machine = results["machine"]
     page.text(
         f"{results['command']}: {results['seconds']:.0f} s (without calls that were cut short), "

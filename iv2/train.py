@@ -167,7 +167,12 @@ def _sources(config: TrainConfig) -> list[list[Sample]]:
     sources = data.sources or (SourceConfig(data.path, data.kind),)
     if not all(source.path for source in sources):
         raise ValueError("train: data.path must be a folder of videos or a list, got nothing")
-    return [read_list(source.path, source.kind) for source in sources]
+    if not data.sources:
+        return [read_list(data.path, data.kind)]
+    if data.path and not Path(data.path).is_dir():
+        names = ", ".join(source.path for source in sources)
+        raise ValueError(f"train: data.path must be the folder of {names}, got {data.path}")
+    return [read_list(Path(data.path) / source.path, source.kind) for source in sources]
 
 
 def _batches(
@@ -227,7 +232,8 @@ def build_stage(
                 f"stage3.qformer_init and stage3.chat_init, got {config.init}"
             )
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        return build_stage3(config.model, config.stage3, device, dtype=dtype), config
+        own, sound = config.stage3, config.audio
+        return build_stage3(config.model, own, device, dtype=dtype, audio=sound), config
     classes = find_classes(samples, config.finetune.attributes)
     finetune = build_finetune(config.model, config.finetune, classes, device)
     if isinstance(finetune.model, VisionEncoder):

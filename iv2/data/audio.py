@@ -92,6 +92,36 @@ def cut(wave: Tensor, config: SoundConfig, rng: np.random.Generator | None = Non
     return wave[low : low + length]
 
 
+def sixteen_bits(wave: Tensor) -> Tensor:
+    """int16 [samples], as sounds are kept."""
+    return (wave * 2**15).clamp(-(2**15), 2**15 - 1).to(torch.int16)
+
+
+def read_fbank(
+    path: str | Path, start: float | None, end: float | None, config: SoundConfig
+) -> Tensor | None:
+    """Filter banks [num_frames, num_mel_bins] of a file, as runs see them without draws.
+
+    Of what is longer than ``config.seconds`` the first window is heard.
+
+    Args:
+        path: The file.
+        start: Seconds; None: from the beginning.
+        end: Seconds, exclusive; None: to the end.
+        config: Rate, window, bins and frames.
+
+    Returns:
+        The filter banks, or None where there is no sound.
+
+    Raises:
+        DecodeError: The file cannot be read.
+    """
+    wave = read_sound(path, start, end, config)
+    if wave is None or len(wave) == 0:
+        return None
+    return fbank(cut(sixteen_bits(wave), config).float() / 2**15, config)
+
+
 def fbank(wave: Tensor, config: SoundConfig) -> Tensor:
     """Kaldi's log mel filter banks as BEATs takes them: [num_frames, num_mel_bins] float32.
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from iv2.data.audio import SoundConfig, cut, fbank, read_sound
+from iv2.data.audio import SoundConfig, cut, fbank, read_sound, sixteen_bits
 from iv2.data.cache import FrameCache, SoundCache
 from iv2.data.clips import (
     Sample,
@@ -204,8 +204,7 @@ class VideoDataset:
             found = read_sound(sample.path, sample.start, sample.end, config)
             if found is None or len(found) == 0:
                 raise DecodeError(sample.path, "no sound")
-            # 16 bits, cached or not
-            wave = (found * 2**15).clamp(-(2**15), 2**15 - 1).to(torch.int16)
+            wave = sixteen_bits(found)  # cached or not
             self._sounds.put(index, wave)
         wave = cut(wave, config, rng if self.config.random else None)
         return fbank(wave.float() / 2**15, config)

@@ -3,7 +3,8 @@
 An answering function takes questions, their answers hidden, and gives a reply to each. Baselines
 are answering functions too, made of the model's: without the video, with a grey one, with its
 frames in another order, or with the videos of other questions. What they get right needs no video,
-or no order of its frames.
+or no order of its frames. Questions of kind audio_video are heard as well: grey and shuffled videos
+keep their sound, other videos come with their own, and without a video nothing is heard.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iv2.data.audio import SoundConfig, read_fbank
 from iv2.data.captions import clean_caption
 from iv2.data.decode import Video
 from iv2.data.instructions import SYSTEM_PROMPT
@@ -43,8 +45,9 @@ _ATTRIBUTES = {
 }
 _CAPTIONED = ("shape", "colour", "motion", "background", "tone", "sound", "word")
 _ARTICLES = re.compile(r"^(?:(?:a|an|the|it is|it s|its) )+")
-_BEST = re.compile(r"^best option:?\s*", re.IGNORECASE)
-_LETTER = re.compile(r"\(?([A-Za-z])(?:[).:,]|$)")
+# Tokenizers of words put blanks around brackets and colons.
+_BEST = re.compile(r"^best option\s*:?\s*", re.IGNORECASE)
+_LETTER = re.compile(r"\(?\s*([A-Za-z])\s*(?:[).:,]|$)")
 
 
 # ---- frames
@@ -311,19 +314,30 @@ def evaluate_sets(
 # ---- models
 
 
+# Frames [T, H, W, 3], those with the filter banks [F, bins] of their sound, or nothing.
+Shown = Tensor | tuple[Tensor, Tensor] | None
+
+
 class Chat(Protocol):
-    """What answers about frames, such as ``iv2.serve.chat.VideoChat``."""
+    """What answers about frames and sounds, such as ``iv2.serve.chat.VideoChat``."""
 
     system: str
 
-    def answers(self, pairs: Sequence[tuple[Tensor | None, str]]) -> list[str]: ...
+    @property
+    def sound(self) -> SoundConfig | None:
+        """What it hears; None: nothing."""
+
+    def answers(
+        self, pairs: Sequence[tuple[Shown, str]], *, prefix: str = "", max_new_tokens: int = 128
+    ) -> list[str]:
+        """A reply to each, which begins with the prefix."""
 
 
-def chat_answers(chat: Chat, *, batch_size: int = 8) -> Answer:
+def chat_answers(chat: Chat, *, batch_size: int = 8, max_new_tokens: int = 128) -> Answer:
     """An answering function of a chat model, which sees the 16 frames of ``load_frames``.
 
-    The model begins its answers itself: ``Question.prefix`` is not put into its mouth. Sounds are
-    not heard.
+    ``Question.prefix`` is put into its mouth. If it hears at all, questions of kind audio_video are
+    heard where the file has a sound; those of kind video are not.
     """
 
     def answer(rows: Sequence[Question]) -> list[str]:
@@ -331,9 +345,10 @@ def chat_answers(chat: Chat, *, batch_size: int = 8) -> Answer:
         before = chat.system
         try:
             for first in range(0, len(rows), batch_size):
-                for offered, some in groupby(rows[first : first + batch_size], _offers):
+                for (offered, prefix), some in groupby(rows[first : first + batch_size], _how):
                     chat.system = SYSTEM_PROMPT.strip() if offered else before
-                    replies += chat.answers([_shown(row) for row in some])
+                    pairs = [(_shown(row, chat.sound), row.messages[-1]["content"]) for row in some]
+                    replies += chat.answers(pairs, prefix=prefix, max_new_tokens=max_new_tokens)
         finally:
             chat.system = before
         return replies
@@ -341,13 +356,18 @@ def chat_answers(chat: Chat, *, batch_size: int = 8) -> Answer:
     return answer
 
 
-def _offers(question: Question) -> bool:
-    return bool(question.choices)
+def _how(question: Question) -> tuple[bool, str]:
+    return bool(question.choices), question.prefix
 
 
-def _shown(question: Question) -> tuple[Tensor | None, str]:
-    hidden = not question.path or question.kind == "text"
-    return None if hidden else load_frames(question), question.messages[-1]["content"]
+def _shown(question: Question, sound: SoundConfig | None) -> Shown:
+    if not question.path or question.kind == "text":
+        return None
+    frames = load_frames(question)
+    if sound is None or question.kind != "audio_video":
+        return frames
+    fbank = read_fbank(question.path, question.start, question.end, sound)
+    return frames if fbank is None else (frames, fbank)
 
 
 # ---- replies of another program

@@ -1,4 +1,4 @@
-"""The stage-3 model: video encoder, Q-Former and language model."""
+"""The stage-3 model: video encoder, perhaps an audio tower, Q-Former and language model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from iv2.checkpoint import Report, load_weights, read_weights
+from iv2.models.audio import AudioConfig, AudioEncoder
 from iv2.models.language import base, plain_name
 from iv2.models.qformer import QFormer, QFormerConfig
 from iv2.models.text import PackedText
 from iv2.models.vision import VisionEncoder
 from iv2.models.vision_config import VisionConfig
 from iv2kernels.nn import Linear
+
+# Names of what hears; published files have none of it.
+_HEARING = ("audio_encoder.", "audio_up.")
 
 
 def trunk_config(config: VisionConfig, skip: int = 1) -> VisionConfig:
@@ -46,18 +50,27 @@ def trunk_config(config: VisionConfig, skip: int = 1) -> VisionConfig:
 class VideoChatModel(nn.Module):
     """Video encoder, Q-Former and language model, under the names of published files.
 
+    Tokens of an audio tower stand beside those of the video for the Q-Former; published models have
+    none.
+
     Args:
         vision: The whole video encoder, as it was trained.
         qformer: Sizes; ``media_dim`` is set to the width of the video encoder.
         lm: A causal model of transformers, or of peft around it.
         skip_blocks: How many of the last blocks of the video encoder are left out.
+        audio: The audio tower, or None.
 
     Raises:
         ValueError: No block would be left.
     """
 
     def __init__(
-        self, vision: VisionConfig, qformer: QFormerConfig, lm: nn.Module, skip_blocks: int = 1
+        self,
+        vision: VisionConfig,
+        qformer: QFormerConfig,
+        lm: nn.Module,
+        skip_blocks: int = 1,
+        audio: AudioConfig | None = None,
     ) -> None:
         super().__init__()
         width = vision.embed_dim
@@ -73,6 +86,9 @@ class VideoChatModel(nn.Module):
             self.extra_query_tokens = nn.Parameter(torch.zeros(shape))
             nn.init.normal_(self.extra_query_tokens, std=0.02)
         self.project_up = Linear(qformer.embed_dim, base(lm).config.hidden_size)
+        self.audio_encoder = None if audio is None else AudioEncoder(audio)
+        if audio is not None:
+            self.audio_up = nn.Sequential(Linear(audio.embed_dim, width), nn.LayerNorm(width))
         self.lm = lm
 
     @property
@@ -86,28 +102,48 @@ class VideoChatModel(nn.Module):
         video: Tensor,  # uint8 [B, T, H, W, 3] | float [B, 3, T, H, W]
         instruction: PackedText | None = None,
         *,
+        fbank: Tensor | None = None,  # [B, F, bins]
         seeds: Tensor | None = None,  # [B]
     ) -> Tensor:
         """Embeddings [B, Q, C of the language model] in the places of words.
 
-        Where nothing of the video encoder is trained, nothing of it is kept for backward.
+        Where nothing of a tower is trained, nothing of it is kept for backward.
 
         Args:
             video: Frames or normalised video.
             instruction: What the Q-Former reads beside each, or None.
+            fbank: Filter banks of their sounds, or of fewer: each is that of as many videos.
             seeds: int64, keys of drop path.
+
+        Raises:
+            ValueError: There is sound without an audio tower, or of no whole share of the videos.
         """
-        vision = self.vision_encoder
-        is_trained = any(p.requires_grad for p in vision.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-            tokens = vision(video, seeds=seeds).tokens
+        with _grad_if_trained(self.vision_encoder):
+            tokens = self.vision_encoder(video, seeds=seeds).tokens
         media = self.vision_layernorm(tokens.to(self.vision_layernorm.weight.dtype))
+        if fbank is not None:
+            heard = self._listen(fbank, len(media))
+            media = torch.cat([media, heard.to(media.dtype)], dim=1)
         queries: Tensor = self.query_tokens
         if self.qformer.config.num_extra_queries:
             queries = torch.cat([queries, self.extra_query_tokens], dim=1)
         found = self.qformer(queries, media, instruction)
         embeddings: Tensor = self.project_up(found)
         return embeddings
+
+    def _listen(self, fbank: Tensor, videos: int) -> Tensor:
+        """Tokens [B, N, C] of sounds, each as often as there are videos to it."""
+        if self.audio_encoder is None:
+            raise ValueError("VideoChatModel: fbank must be None without an audio tower, got some")
+        if not len(fbank) or videos % len(fbank):
+            raise ValueError(
+                f"VideoChatModel: fbank must be of {videos} videos or of a whole share of them, "
+                f"got {len(fbank)}"
+            )
+        with _grad_if_trained(self.audio_encoder):
+            tokens = self.audio_encoder(fbank)
+        heard: Tensor = self.audio_up(tokens)
+        return heard.repeat_interleave(videos // len(fbank), 0)
 
     def embed_text(
         self,
@@ -146,12 +182,18 @@ class VideoChatModel(nn.Module):
         return self
 
 
+def _grad_if_trained(tower: nn.Module) -> torch.set_grad_enabled:
+    is_trained = any(parameter.requires_grad for parameter in tower.parameters())
+    return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
+
+
 def load_video_chat(
     model: VideoChatModel,
     path: str | Path,
     *,
     elsewhere: Collection[str] = (),
     lm_has_files: bool = False,
+    may_be_deaf: bool = False,
     parts: tuple[str, ...] = (),
 ) -> Report:
     """Load a published file, or that of a run, strictly but for what is ``elsewhere``.
@@ -164,6 +206,7 @@ def load_video_chat(
         path: The file.
         elsewhere: Weights that have other files. Those the file has all the same must be equal.
         lm_has_files: The language model came from its own files: what is absent of it stays.
+        may_be_deaf: Of a file without any of the audio tower, the model's own stays.
         parts: How the names begin that are taken; empty: all.
 
     Raises:
@@ -191,6 +234,9 @@ def load_video_chat(
         may_miss |= lora
     if lm_has_files:
         may_miss |= {n for n in own if n.startswith("lm.")} - lora
+    hearing = {name for name in own if name.startswith(_HEARING)}
+    if may_be_deaf and not hearing & found.keys():
+        may_miss |= hearing
     if parts:
         may_miss |= {name for name in own if not name.startswith(parts)}
     return load_weights(model, found, path, prefix="", allow_missing=may_miss)

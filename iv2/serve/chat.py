@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iv2.data.audio import SoundConfig, read_fbank
 from iv2.data.clips import interval_indices, sparse_test_indices, tsn_indices
 from iv2.data.decode import Video
 from iv2.data.loader import ClipConfig
@@ -21,8 +22,9 @@ from iv2.stages.conversation import Message, Tokens
 from iv2.stages.stage3 import Stage3, load_stage3
 from iv2.stages.tiles import tiles
 
-# A file, uint8 frames [T, H, W, 3], or nothing: a question about nothing seen.
-Source = str | Path | Tensor | None
+# A file, uint8 frames [T, H, W, 3], those with the filter banks [F, bins] of their sound, or
+# nothing: a question about nothing seen.
+Source = str | Path | Tensor | tuple[Tensor, Tensor] | None
 
 _AT_ONCE = 16  # views in a pass through the video encoder
 
@@ -35,10 +37,15 @@ class Views:
     pixels: Tensor
     # What is said of them, empty unless there are several segments.
     note: str
+    # Filter banks [V, F, bins] of the sound of each, None where nothing is heard.
+    sounds: Tensor | None = None
 
 
 class VideoChat:
     """Answers questions about videos.
+
+    A model with an audio tower hears the files that have a sound, each segment its own: of segments
+    longer than ``clip.sound.seconds`` what comes first.
 
     Examples::
 
@@ -51,7 +58,7 @@ class VideoChat:
         clip: Frames and size that the model was trained with.
         system: The system's message; empty for none.
         seconds: Longest segment; a longer video is seen in equal segments, each with its own
-            embeddings and their times in the prompt. 0: any video is one.
+            embeddings and sound, and their times in the prompt. 0: any video is one.
     """
 
     def __init__(
@@ -81,6 +88,11 @@ class VideoChat:
         stage, config = load_stage3(run_dir, weights=weights, lm=lm, device=device)
         stage.model.to(dtype)
         return cls(stage, config.data.clip)
+
+    @property
+    def sound(self) -> SoundConfig | None:
+        """What it hears of a sound; None: nothing."""
+        return None if self.stage.model.audio_encoder is None else self.clip.sound
 
     def ask(
         self,
@@ -116,20 +128,43 @@ class VideoChat:
         self,
         pairs: Sequence[tuple[Source, str]],
         *,
+        prefix: str = "",
         max_new_tokens: int = 128,
         temperature: float = 0.0,
     ) -> list[str]:
         """Answers to one question about each of several videos, as one batch.
 
-        Args and errors are those of ``ask``.
+        The other arguments and the errors are those of ``ask``.
+
+        Args:
+            pairs: Videos and questions.
+            prefix: What each answer begins with, before the model goes on.
+            max_new_tokens: Longest answer after it, in tokens.
+            temperature: As ``ask`` takes it.
         """
-        prompts = [self._prompt(self.views(v), q, (), max_new_tokens) for v, q in pairs]
-        return self._generate(prompts, max_new_tokens, temperature, None) if prompts else []
+        prompts = [
+            self._prompt(self.views(video), question, (), max_new_tokens, prefix)
+            for video, question in pairs
+        ]
+        if not prompts:
+            return []
+        return self._generate(prompts, max_new_tokens, temperature, None, prefix)
 
     def views(self, video: Source) -> Views | None:
-        """Segments and tiles of a video, as the encoder takes them."""
+        """Segments and tiles of a video, as the encoders take them.
+
+        Raises:
+            DecodeError: The video, or its sound, cannot be read.
+            ValueError: Filter banks are given to a model without an audio tower.
+        """
         if video is None:
             return None
+        if isinstance(video, tuple):
+            if self.sound is None:
+                raise ValueError("VideoChat: video must be without sound for this model, got some")
+            frames, fbank = video
+            seen = self._look(frames[self._numbers(len(frames))])
+            return Views(seen, "", fbank[None].expand(len(seen), -1, -1))
         if isinstance(video, Tensor):
             return Views(self._look(video[self._numbers(len(video))]), "")
         with Video(str(video)) as file:
@@ -139,14 +174,32 @@ class VideoChat:
             edges = [file.num_frames * i // count for i in range(count + 1)]
             edges = sorted(set(edges))  # fewer frames than segments
             size = None if self.stage.config.tiles else self.clip.short_side or None
-            seen = [
+            segments = [
                 self._look(file.frames([low + i for i in self._numbers(high - low)], size))
                 for low, high in pairwise(edges)
             ]
             times = [*(file.times[low] for low in edges[:-1]), file.info().duration]
         parts = [f"{a:.1f}-{b:.1f}" for a, b in pairwise(times)]
         note = f"The video is in {len(parts)} segments, of seconds {', '.join(parts)}."
-        return Views(torch.cat(seen), note if len(parts) > 1 else "")
+        views = [len(segment) for segment in segments]
+        # a file that is seen as one is heard from its beginning to its end, as in training
+        spans = [*pairwise([None, *times[1:-1], None])]
+        sounds = self._hear(str(video), spans, views)
+        return Views(torch.cat(segments), note if len(parts) > 1 else "", sounds)
+
+    def _hear(
+        self, path: str, spans: Sequence[tuple[float | None, float | None]], views: Sequence[int]
+    ) -> Tensor | None:
+        """Filter banks of the segments, once a view; zeros where the sound is over."""
+        config = self.sound
+        if config is None:
+            return None
+        found = [read_fbank(path, start, end, config) for start, end in spans]
+        if all(one is None for one in found):
+            return None
+        silence = torch.zeros(config.num_frames, config.num_mel_bins)
+        rows = [silence if one is None else one for one in found]
+        return torch.stack(rows).repeat_interleave(torch.tensor(views), 0)
 
     def _numbers(self, frames: int) -> list[int]:
         """Frames of a segment by the rule of training, without its draws."""
@@ -172,6 +225,7 @@ class VideoChat:
         question: str,
         history: Sequence[tuple[str, str]],
         max_new_tokens: int,
+        prefix: str = "",
     ) -> tuple[Tokens, Tensor | None]:
         """Tokens, and the embeddings [V, Q, C] of the views."""
         messages: list[Message] = []
@@ -193,14 +247,19 @@ class VideoChat:
             0 if views is None else len(views.pixels),
             note="" if views is None else views.note,
             max_tokens=room - max_new_tokens if room else 0,
+            prefix=prefix,
         )
         if views is None:
             return tokens, None
         device = stage.model.project_up.weight.device
+        pixels = torch.split(views.pixels, _AT_ONCE)
+        sounds: Sequence[Tensor | None] = [None] * len(pixels)
+        if views.sounds is not None:
+            sounds = torch.split(views.sounds.to(device), _AT_ONCE)
         with torch.no_grad():
             found = [
-                stage.see(part[None].to(device), [messages])
-                for part in torch.split(views.pixels, _AT_ONCE)
+                stage.see(part[None].to(device), [messages], fbank=sound)
+                for part, sound in zip(pixels, sounds, strict=True)
             ]
         return tokens, torch.cat(found)
 
@@ -211,6 +270,7 @@ class VideoChat:
         max_new_tokens: int,
         temperature: float,
         streamer: Any,
+        prefix: str = "",
     ) -> list[str]:
         model, tokenizer = self.stage.model, self.stage.language_tokenizer
         device = model.project_up.weight.device
@@ -236,7 +296,7 @@ class VideoChat:
             ),
             streamer=streamer,
         )
-        return [_text(tokenizer, row.tolist(), stops) for row in ids]
+        return [_text(tokenizer, row.tolist(), stops, prefix) for row in ids]
 
 
 def dialogue(
@@ -280,10 +340,17 @@ def _plain_config(**fields: Any) -> Any:
     return kind(**fields)
 
 
-def _text(tokenizer: Any, ids: list[int], stops: list[int]) -> str:
-    """The words before the token that ends the answer."""
+def _text(tokenizer: Any, ids: list[int], stops: list[int], prefix: str) -> str:
+    """The words before the token that ends the answer, behind what the answer had to begin with."""
     end = next((i for i, number in enumerate(ids) if number in stops), len(ids))
-    return str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+    text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
+    if not prefix:
+        return text.strip()
+    # The tokenizer knows whether a blank is between the two.
+    begun = tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    before = str(tokenizer.decode(begun, skip_special_tokens=True))
+    whole = str(tokenizer.decode([*begun, *ids[:end]], skip_special_tokens=True))
+    return prefix + (whole.removeprefix(before) if whole.startswith(before) else text).rstrip()
 
 
 class _Streamer:

@@ -73,6 +73,7 @@ class Conversation:
         *,
         note: str = "",
         max_tokens: int = 0,
+        prefix: str = "",
     ) -> Tokens:
         """The tokens of a conversation; if it ends with the user, up to where the answer begins.
 
@@ -83,15 +84,24 @@ class Conversation:
             views: Views of its video; 0: there is none.
             note: What is said of the video behind its views, such as the times of its frames.
             max_tokens: Most tokens and embeddings; 0: any number.
+            prefix: How the answer begins, after a conversation that ends with the user.
 
         Raises:
             ConversationTooLongError: The last round alone is too long.
-            ValueError: Roles do not alternate, or the chat template cannot be used.
+            ValueError: Roles do not alternate, there is a prefix of no answer, or the chat template
+                cannot be used.
         """
         system, rounds = _rounds(messages)
+        if prefix and len(rounds[-1]) > 1:
+            raise ValueError(f"Conversation: prefix must be empty after an answer, got {prefix!r}")
+        if prefix:
+            rounds[-1].append(prefix)
         render = self._chat if self.template == "chat" else self._mistral
         for dropped in range(len(rounds)):
-            found = self._encode(render(system, rounds[dropped:], views, note), dropped)
+            parts = render(system, rounds[dropped:], views, note)
+            if prefix:
+                parts[-1] = (self._begun(parts[-1][0], prefix), False)
+            found = self._encode(parts, dropped)
             if not max_tokens or len(found) <= max_tokens:
                 return found
         raise ConversationTooLongError(
@@ -125,6 +135,12 @@ class Conversation:
                 parts.append((body, True))
                 done = before + body
         return parts
+
+    def _begun(self, answer: str, prefix: str) -> str:
+        """The rendered answer without what ends it."""
+        if prefix not in answer:
+            self._refuse("must leave an answer as it is")
+        return answer[: answer.index(prefix) + len(prefix)]
 
     def _apply(self, messages: list[Message], *, prompt: bool) -> str:
         from jinja2 import TemplateError

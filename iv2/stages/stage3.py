@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iv2.checkpoint import load_checkpoint
+from iv2.checkpoint import load_checkpoint, load_weights, read_weights
 from iv2.config import Stage3Config
 from iv2.data.captions import Tokenizer
+from iv2.models.audio import AudioConfig
 from iv2.models.language import (
     Language,
     build_language,
@@ -35,7 +36,10 @@ from iv2.stages.tiles import tiles
 # The trunk of stage 2 has more than is needed; tables of images may be absent.
 _VISION_LACKS = ("img_pos_embed",)
 # What stands between the towers.
-_BRIDGE = ("qformer.", "query_tokens", "extra_query_tokens", "vision_layernorm.", "project_up.")
+_BRIDGE = (
+    *("qformer.", "query_tokens", "extra_query_tokens"),
+    *("vision_layernorm.", "audio_up.", "project_up."),
+)
 
 
 class _Saved:
@@ -115,30 +119,44 @@ class Stage3(nn.Module):
         return {}
 
     def load_towers(self) -> None:
-        """Load the files of ``config.{vision, qformer, chat}_init``, strictly; the last wins.
+        """Load the files of ``config.{vision, audio, qformer, chat}_init`` strictly; the last wins.
 
         Raises:
             CheckpointError: A file cannot be read.
-            ValueError: A file does not fit.
+            ValueError: A file does not fit, or is one of an audio tower that the model lacks.
         """
         config, model = self.config, self.model
         if config.vision_init:
             load_checkpoint(model.vision_encoder, config.vision_init, allow_missing=_VISION_LACKS)
+        if config.audio_init:
+            if model.audio_encoder is None:
+                raise ValueError(
+                    "Stage3: audio_init must be empty without an audio tower, "
+                    f"got {config.audio_init}"
+                )
+            weights = read_weights(config.audio_init)
+            inside = any(name.startswith("audio_encoder.") for name in weights)
+            prefix = "audio_encoder." if inside else None
+            load_weights(model.audio_encoder, weights, config.audio_init, prefix=prefix)
         if config.qformer_init:
-            load_video_chat(model, config.qformer_init, parts=_BRIDGE)
+            load_video_chat(model, config.qformer_init, may_be_deaf=True, parts=_BRIDGE)
         if config.chat_init:
             load_video_chat(
                 model,
                 config.chat_init,
                 elsewhere=self.elsewhere,
                 lm_has_files=config.lm.weights == "pretrained",
+                may_be_deaf=True,
             )
 
     def train(self, mode: bool = True) -> Stage3:
         """As torch's; what is not trained at all stays in evaluation mode."""
         super().train(mode)
-        for part in (self.model.vision_encoder, self.model.qformer, self.model.lm):
-            if not any(parameter.requires_grad for parameter in part.parameters()):
+        model = self.model
+        for part in (model.vision_encoder, model.audio_encoder, model.qformer, model.lm):
+            if part is not None and not any(
+                parameter.requires_grad for parameter in part.parameters()
+            ):
                 part.eval()
         return self
 
@@ -147,13 +165,16 @@ class Stage3(nn.Module):
 
         Args:
             batch: ``messages`` (a conversation for each sample), ``video`` unless it is of text
-                alone, ``seeds`` and ``paths``.
+                alone, ``fbank`` where it is heard too, ``seeds`` and ``paths``.
 
         Raises:
-            ValueError: A conversation is none; its sample is named.
+            ValueError: A conversation is none; its sample is named. There is sound without video,
+                or without an audio tower.
         """
         device = self.model.project_up.weight.device
-        views = self._views(batch.get("video"))
+        views, fbank = self._views(batch.get("video")), batch.get("fbank")
+        if fbank is not None and views is None:
+            raise ValueError("Stage3: batch must have video beside fbank, got none")
         chosen, rows = self._tokens(batch, 0 if views is None else views.shape[1])
         if not rows:  # every rank must have a gradient
             nothing = self.model.project_up.weight.sum() * 0
@@ -164,7 +185,8 @@ class Stage3(nn.Module):
             kept = torch.tensor(chosen, device=views.device)
             messages = [batch["messages"][i] for i in chosen]
             seeds = batch["seeds"][kept] if self.training else None
-            found = self.see(views[kept], messages, seeds)
+            heard = None if fbank is None else fbank[kept]
+            found = self.see(views[kept], messages, seeds, heard)
         inputs = self.model.embed_text(ids, found, in_video)
         hidden = hidden_states(self.model.lm, inputs)
         learnt = targets >= 0
@@ -176,6 +198,7 @@ class Stage3(nn.Module):
         views: Tensor,  # uint8 [B, V, T, H, W, 3] | float [B, V, 3, T, H, W]
         messages: Sequence[Sequence[dict[str, str]]],
         seeds: Tensor | None = None,  # [B]
+        fbank: Tensor | None = None,  # [B, F, bins] | [B * V, F, bins]
     ) -> Tensor:
         """Embeddings [B * V, Q, C] of the views of each sample's video.
 
@@ -183,6 +206,7 @@ class Stage3(nn.Module):
             views: Tiles, segments, or the video itself.
             messages: The conversations, for the Q-Former's instructions.
             seeds: int64, keys of drop path.
+            fbank: The sound of each sample, or of each view.
         """
         count = views.shape[1]
         if seeds is not None:
@@ -190,7 +214,7 @@ class Stage3(nn.Module):
             seeds = (seeds[:, None] + (every << 40)).flatten()
         text = self._instructions(messages, count)
         text = None if text is None else text.to(views.device)
-        return self.model.embed_video(views.flatten(0, 1), text, seeds=seeds)
+        return self.model.embed_video(views.flatten(0, 1), text, fbank=fbank, seeds=seeds)
 
     def _views(self, video: Tensor | None) -> Tensor | None:
         if video is None or not self.config.tiles:
@@ -267,6 +291,7 @@ def build_stage3(
     *,
     saved: str | Path = "",
     dtype: torch.dtype = torch.float32,
+    audio: AudioConfig | None = None,
 ) -> Stage3:
     """Build the model; a pretrained language model comes from its folder, all else is fresh.
 
@@ -276,6 +301,7 @@ def build_stage3(
         device: Where it runs.
         saved: Folder in which a run keeps the tokenizer and config.json of its language model.
         dtype: Of the language model's parameters.
+        audio: The audio tower, or None.
 
     Raises:
         ValueError: No language model is named, or instructions have no tokenizer.
@@ -296,7 +322,7 @@ def build_stage3(
                 f"got {config.qformer.vocab_size}"
             )
     language = build_language(config.lm, saved, dtype)
-    model = VideoChatModel(vision, config.qformer, language.lm, config.skip_blocks)
+    model = VideoChatModel(vision, config.qformer, language.lm, config.skip_blocks, audio)
     return Stage3(model.to(device), language, config, words)
 
 
@@ -332,7 +358,8 @@ def load_stage3(
     if own.instruction != "none":
         own = replace(own, qformer_tokenizer=str(run_dir))
     saved = Path(run_dir) / SAVED
-    stage = build_stage3(config.model, own, device, saved=saved if saved.is_dir() else "")
+    saved_lm = saved if saved.is_dir() else ""
+    stage = build_stage3(config.model, own, device, saved=saved_lm, audio=config.audio)
     load_video_chat(
         stage.model, weights or Path(run_dir) / "model.safetensors", elsewhere=stage.elsewhere
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from iv2 import demo
+from iv2 import demo, demo_stage2, demo_stage3
 
 # The numbers do not matter here: that each step is done once, and that the page says it, does.
 BUDGET = replace(
@@ -56,3 +56,28 @@ def test_a_second_run_does_nothing_again(finished):
     assert len(before) > 5
     assert demo.run(BUDGET, out) == page
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
+
+
+def test_stage_3_starts_from_stage_2(finished, monkeypatch):
+    out, page = finished
+    called = []
+
+    def run(budget, folder, weights, *rest):
+        called.append((budget, folder, weights))
+        return {"stage": len(called) + 1}
+
+    for part, word in ((demo_stage2, "two"), (demo_stage3, "three")):
+        monkeypatch.setattr(part, "run", run)
+        monkeypatch.setattr(part, "page", lambda found, o, p, word=word: p.text(f"{word} {found}"))
+    third = demo.LEARN[3]
+    demo.run(replace(BUDGET, stage2=third.stage2, stage3=third.stage3), out)
+    assert called == [
+        (third.stage2, out, str(out / "stage1" / "model.safetensors")),
+        (third.stage3, out, str(out / "stage2" / "model.safetensors")),
+    ]
+    assert json.loads((out / "results.json").read_text())["stage3"] == {"stage": 3}
+    html = page.read_text(encoding="utf-8")
+    for text in ("iv2: stages 1, 2 and 3", "two {", "three {"):
+        assert text in html
+    with pytest.raises(ValueError, match="stage2 must be given for stage3"):
+        replace(BUDGET, stage3=third.stage3)

@@ -11,8 +11,10 @@ import torch
 from media import numbers, write_video
 
 from iv2 import cli
+from iv2.data.audio import SoundConfig, read_fbank
 from iv2.data.instructions import SYSTEM_PROMPT, choice_prompt, write_questions
 from iv2.eval.qa import (
+    Shown,
     as_text,
     caption_score,
     chat_answers,
@@ -60,10 +62,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("best option: (A", 0),
         ("A: x\n(B) y", 0),  # the first line alone
         ("  C, since", 2),
+        ("Best option:( b ) red", 1),  # as tokenizers of words write it
+        ("best option : ( c )", 2),
         ("", None),
         ("\n", None),
         ("D) out of range", None),
         ("a bar in red", None),  # an article
+        ("( a bar", None),
         ("Both", None),
         ("the second", None),
         ("the answer is B", None),
@@ -352,11 +357,17 @@ def test_single_baselines() -> None:
 class FakeChat:
     system = "be kind"
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, torch.Tensor | None, str]] = []
+    def __init__(self, sound: SoundConfig | None = None) -> None:
+        self.sound = sound
+        self.asked: list[tuple[str, Shown, str]] = []
+        self.prefixes: list[str] = []
 
-    def answers(self, pairs: Sequence[tuple[torch.Tensor | None, str]]) -> list[str]:
-        self.asked += [(self.system, frames, text) for frames, text in pairs]
+    def answers(
+        self, pairs: Sequence[tuple[Shown, str]], *, prefix: str = "", max_new_tokens: int = 128
+    ) -> list[str]:
+        self.asked += [(self.system, shown, text) for shown, text in pairs]
+        self.prefixes += [prefix] * len(pairs)
+        self.longest = max_new_tokens
         return [f"{len(self.asked)}" for _ in pairs]
 
 
@@ -365,7 +376,8 @@ def test_a_chat_model_sees_16_frames_and_the_protocol(tmp_path: Path) -> None:
     rows = [replace(choice(), path=path), Question("what?", "x", path, "t"), choice()]
     rows[2] = replace(rows[2], path="", kind="text")
     chat = FakeChat()
-    assert len(chat_answers(chat, batch_size=2)(rows)) == 3
+    assert len(chat_answers(chat, batch_size=2, max_new_tokens=9)(rows)) == 3
+    assert chat.longest == 9
     (system, frames, text), (plain, again, what), (_, nothing, _) = chat.asked
     assert numbers(frames) == numbers(again) == middle_indices(60)
     assert nothing is None
@@ -373,10 +385,45 @@ def test_a_chat_model_sees_16_frames_and_the_protocol(tmp_path: Path) -> None:
     assert system == SYSTEM_PROMPT.strip()
     assert text == choice_prompt("which?", ("a", "b", "c"))
     assert chat.system == "be kind"
+    assert chat.prefixes == ["Best option:(", "", "Best option:("]
     chat.answers = None  # type: ignore[assignment]
     with pytest.raises(TypeError):
         chat_answers(chat)(rows[:1])
     assert chat.system == "be kind"  # also after an error
+
+
+def test_sounds_are_heard_where_they_are_asked_for(world: Path) -> None:
+    config = SoundConfig(seconds=2.0, num_frames=198)
+    every = read_questions("toy", world / "held-out.jsonl", choices=False).questions
+    heard = next(q for q in every if q.kind == "audio_video")
+    seen = next(q for q in every if q.kind == "video")
+    after = next(q for q in every if q.path != heard.path and q.kind == "audio_video")
+    chat = FakeChat(config)
+    for run in with_baselines(chat_answers(chat)).values():
+        run([heard, seen, after])
+    shown = [what for _, what, _ in chat.asked]
+    plain, text, grey, shuffled, others = (shown[i : i + 3] for i in range(0, 15, 3))
+    assert text == [None] * 3
+    own, other = (read_fbank(q.path, None, None, config) for q in (heard, after))
+    assert own is not None
+    assert not torch.equal(own, other)
+    for column, wanted in ((plain, own), (grey, own), (shuffled, own), (others, other)):
+        assert torch.equal(column[0][1], wanted)
+        assert isinstance(column[1], torch.Tensor)  # asked about what is seen
+    assert torch.equal(plain[0][0], load_frames(heard))
+    assert (grey[0][0] == 128).all()
+    assert torch.equal(shuffled[0][0], load_frames(replace(heard, frames="shuffled")))
+    assert torch.equal(others[0][0], load_frames(after))
+    deaf = FakeChat()
+    chat_answers(deaf)([heard])
+    assert torch.equal(deaf.asked[0][1], load_frames(heard))
+
+
+def test_files_without_sound_are_seen_alone(tmp_path: Path) -> None:
+    path = str(write_video(tmp_path / "a.mp4", 20, width=72))
+    chat = FakeChat(SoundConfig())
+    chat_answers(chat)([Question("?", "x", path, "t", kind="audio_video")])
+    assert isinstance(chat.asked[0][1], torch.Tensor)
 
 
 # ---- files

@@ -13,6 +13,7 @@ from tiny_stage2 import VISION, WORDS, write_vocabulary
 
 from iv2 import distributed
 from iv2.config import OptimConfig, Stage3Config, TrainConfig
+from iv2.models.audio import AudioConfig
 from iv2.models.language import LanguageConfig
 from iv2.models.qformer import QFORMER
 from iv2.stages.stage3 import Stage3, build_stage3
@@ -59,11 +60,13 @@ def write_language_model(folder: Path) -> Path:
     return folder
 
 
-def tiny_stage(folder: Path, config: Stage3Config = CONFIG, **lm) -> Stage3:
+def tiny_stage(
+    folder: Path, config: Stage3Config = CONFIG, audio: AudioConfig | None = None, **lm
+) -> Stage3:
     """With fresh weights, or the folder's language model; the folder has a vocabulary."""
     torch.manual_seed(0)
     config = replace(config, lm=replace(config.lm, folder=str(folder), **lm))
-    return build_stage3(VISION, config)
+    return build_stage3(VISION, config, audio=audio)
 
 
 def said(*contents: str, system: str = "") -> list[dict[str, str]]:
