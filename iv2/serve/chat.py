@@ -41,6 +41,22 @@ class Views:
     sounds: Tensor | None = None
 
 
+# Tokens, and the embeddings [V, Q, C] of what is seen and heard.
+Prompt = tuple[Tokens, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen."""
+
+    # Longest answer, in tokens.
+    max_new_tokens: int = 128
+    # 0 takes the likeliest token each time; otherwise tokens are drawn.
+    temperature: float = 0.0
+    # Of the likeliest tokens, as many as have this probability together are drawn from.
+    top_p: float = 1.0
+
+
 class VideoChat:
     """Answers questions about videos.
 
@@ -120,9 +136,10 @@ class VideoChat:
             DecodeError: The video cannot be read.
             ValueError: The question is too long for the language model.
         """
-        prompt = self._prompt(self.views(video), question, history, max_new_tokens)
+        prompt = self.prompt(self.views(video), question, history, max_new_tokens)
         streamer = None if stream is None else _Streamer(self.stage.language_tokenizer, stream)
-        return self._generate([prompt], max_new_tokens, temperature, streamer)[0]
+        sampling = Sampling(max_new_tokens, temperature)
+        return self._texts(self.generate([prompt], sampling, streamer=streamer))[0]
 
     def answers(
         self,
@@ -143,12 +160,12 @@ class VideoChat:
             temperature: As ``ask`` takes it.
         """
         prompts = [
-            self._prompt(self.views(video), question, (), max_new_tokens, prefix)
+            self.prompt(self.views(video), question, (), max_new_tokens, prefix)
             for video, question in pairs
         ]
         if not prompts:
             return []
-        return self._generate(prompts, max_new_tokens, temperature, None, prefix)
+        return self._texts(self.generate(prompts, Sampling(max_new_tokens, temperature)), prefix)
 
     def views(self, video: Source) -> Views | None:
         """Segments and tiles of a video, as the encoders take them.
@@ -219,15 +236,18 @@ class VideoChat:
         dtype = torch.float32 if self.clip.normalise else torch.uint8
         return look(frames, view, dtype=dtype)[None]
 
-    def _prompt(
+    def prompt(
         self,
         views: Views | None,
         question: str,
         history: Sequence[tuple[str, str]],
         max_new_tokens: int,
         prefix: str = "",
-    ) -> tuple[Tokens, Tensor | None]:
-        """Tokens, and the embeddings [V, Q, C] of the views."""
+    ) -> Prompt:
+        """What ``generate`` takes: tokens, and the embeddings [V, Q, C] of the views.
+
+        The arguments and the errors are those of ``ask`` and ``answers``.
+        """
         messages: list[Message] = []
         if self.system:
             messages.append({"role": "system", "content": self.system})
@@ -264,15 +284,18 @@ class VideoChat:
         return tokens, torch.cat(found)
 
     @torch.no_grad()
-    def _generate(
-        self,
-        prompts: list[tuple[Tokens, Tensor | None]],
-        max_new_tokens: int,
-        temperature: float,
-        streamer: Any,
-        prefix: str = "",
-    ) -> list[str]:
-        model, tokenizer = self.stage.model, self.stage.language_tokenizer
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, **watched: Any) -> Tensor:
+        """Tokens [B, L] after each of several prompts, as one batch.
+
+        Args:
+            prompts: From ``prompt``.
+            sampling: How tokens are chosen.
+            **watched: ``streamer`` and ``stopping_criteria``, as ``generate`` of transformers takes
+                them.
+        """
+        import transformers
+
+        model, stops = self.stage.model, self.stage.conversation.stop_ids
         device = model.project_up.weight.device
         longest = max(len(tokens) for tokens, _ in prompts)
         inputs, seen = [], torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
@@ -282,21 +305,27 @@ class VideoChat:
             own = model.embed_text(ids, video, places)[0]
             inputs.append(torch.nn.functional.pad(own, (0, 0, longest - len(tokens), 0)))
             seen[row, longest - len(tokens) :] = 1
-        stops = self.stage.conversation.stop_ids
-        drawn = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
-        ids = base(model.lm).generate(
+        drawn: dict[str, Any] = {}
+        if sampling.temperature > 0:
+            drawn = {"temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p}
+        config: Any = transformers.GenerationConfig
+        found: Tensor = base(model.lm).generate(
             inputs_embeds=torch.stack(inputs),
             attention_mask=seen,
-            generation_config=_plain_config(
-                max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0,
+            generation_config=config(
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=sampling.temperature > 0,
                 eos_token_id=stops,
                 pad_token_id=stops[0],
                 **drawn,
             ),
-            streamer=streamer,
+            **watched,
         )
-        return [_text(tokenizer, row.tolist(), stops, prefix) for row in ids]
+        return found
+
+    def _texts(self, ids: Tensor, prefix: str = "") -> list[str]:
+        stops = self.stage.conversation.stop_ids
+        return [_text(self.stage.language_tokenizer, row, stops, prefix) for row in ids.tolist()]
 
 
 def dialogue(
@@ -331,13 +360,6 @@ def dialogue(
             history.append((question, answer))
     except (EOFError, KeyboardInterrupt):
         print()
-
-
-def _plain_config(**fields: Any) -> Any:
-    import transformers
-
-    kind: Any = transformers.GenerationConfig
-    return kind(**fields)
 
 
 def _text(tokenizer: Any, ids: list[int], stops: list[int], prefix: str) -> str:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from iv2.eval.retrieval import encode_texts
-from iv2.models.language import base
 from iv2.serve.asked import ApiError, Asked, unreadable
-from iv2.serve.chat import VideoChat, Views
+from iv2.serve.chat import Prompt, Sampling, VideoChat, Views
 from iv2.serve.index import embed
 from iv2.stages.conversation import ConversationTooLongError
 from iv2.stages.dual_encoder import DualEncoder
@@ -143,7 +142,7 @@ def _answer(chat: VideoChat, jobs: list[ChatJob]) -> None:
         asked, own = job.asked, copy(chat)
         own.system = asked.system or chat.system
         try:
-            prompt = own._prompt(job.views, asked.question, asked.history, asked.max_tokens)
+            prompt = own.prompt(job.views, asked.question, asked.history, asked.max_tokens)
         except ConversationTooLongError as error:
             code = "context_length_exceeded"
             job.tell(ApiError(400, str(error), param="messages", code=code))
@@ -165,34 +164,11 @@ def _answer(chat: VideoChat, jobs: list[ChatJob]) -> None:
         _generate(chat, prompts, rows)
 
 
-def _generate(chat: VideoChat, prompts: list[Any], rows: list[_Row]) -> None:
-    """As ``VideoChat`` does, each row watched as it grows."""
-    import transformers
-
-    model = chat.stage.model
-    device = model.project_up.weight.device
-    longest = max(len(tokens) for tokens, _ in prompts)
-    inputs, seen = [], torch.zeros(len(rows), longest, dtype=torch.int64, device=device)
-    for row, (tokens, video) in enumerate(prompts):  # padded at the left
-        ids = torch.tensor([tokens.ids], device=device)
-        places = torch.tensor([tokens.in_video], device=device)
-        own = model.embed_text(ids, video, places)[0]
-        inputs.append(torch.nn.functional.pad(own, (0, 0, longest - len(tokens), 0)))
-        seen[row, longest - len(tokens) :] = 1
-    stops = chat.stage.conversation.stop_ids
+def _generate(chat: VideoChat, prompts: list[Prompt], rows: list[_Row]) -> None:
+    """All answers, each row watched as it grows."""
     asked = rows[0].job.asked
-    fields: dict[str, Any] = {"do_sample": asked.temperature > 0}
-    if asked.temperature > 0:
-        fields |= {"temperature": asked.temperature, "top_k": 0, "top_p": asked.top_p}
-    config: Any = transformers.GenerationConfig
-    base(model.lm).generate(
-        inputs_embeds=torch.stack(inputs),
-        attention_mask=seen,
-        generation_config=config(
-            max_new_tokens=asked.max_tokens, eos_token_id=stops, pad_token_id=stops[0], **fields
-        ),
-        stopping_criteria=[_Watch(rows)],
-    )
+    sampling = Sampling(asked.max_tokens, asked.temperature, asked.top_p)
+    chat.generate(prompts, sampling, stopping_criteria=[_Watch(rows)])
     for each in rows:
         each.end("length")
 

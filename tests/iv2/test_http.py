@@ -72,7 +72,7 @@ def test_chat_about_a_video_is_what_videochat_says(here, models, world):
     assert len(answers) == 3  # otherwise the video would not be seen
     assert found.model == "chat"
     assert found.choices[0].finish_reason == "length"
-    prompt, _ = chat._prompt(chat.views(path), "red bar left", (), 12)
+    prompt, _ = chat.prompt(chat.views(path), "red bar left", (), 12)
     assert found.usage.prompt_tokens == len(prompt)
     assert found.usage.completion_tokens == 12
     assert found.usage.total_tokens == 12 + len(prompt)

@@ -307,7 +307,7 @@ def test_generation_with_the_cache_is_argmax_without_it(chat, world):
     pairs = [(first, asked), (second, asked), (None, "green"), (first, "two bell hum left right")]
     batched = chat.answers(pairs, max_new_tokens=12)
     for (video, question), text in zip(pairs, batched, strict=True):
-        tokens, seen = chat._prompt(chat.views(video), question, (), 12)
+        tokens, seen = chat.prompt(chat.views(video), question, (), 12)
         made = greedy(stage, tokens, seen, 12)
         assert len(made) > 2
         assert text == stage.language_tokenizer.decode(made, skip_special_tokens=True).strip()
@@ -351,7 +351,7 @@ def test_history_is_seen_and_early_rounds_leave_when_there_is_no_room(chat, worl
     (video,) = videos(world, 1)
     views = chat.views(video)
     history = [("red", "bar"), ("green", "cross")]
-    tokens, seen = chat._prompt(views, "up", history, 12)
+    tokens, seen = chat.prompt(views, "up", history, 12)
     assert tokens.dropped == 0
     assert seen.shape == (1, 5, 32)
     names = chat.stage.language_tokenizer.convert_ids_to_tokens(tokens.ids)
@@ -359,7 +359,7 @@ def test_history_is_seen_and_early_rounds_leave_when_there_is_no_room(chat, worl
         *("red", "bar", "green", "cross", "up")
     ]
     room = base(chat.stage.model.lm).config.max_position_embeddings
-    tokens, _ = chat._prompt(views, "up", history, room - len(tokens) + 1)
+    tokens, _ = chat.prompt(views, "up", history, room - len(tokens) + 1)
     assert tokens.dropped == 1
     with pytest.raises(ValueError, match=r"max_new_tokens must be below .* 512, got 512"):
         chat.ask(video, "up", max_new_tokens=512)
@@ -379,7 +379,7 @@ def test_long_videos_are_seen_in_segments(chat, world):
         f"The video is in 2 segments, of seconds 0.0-{duration / 2:.1f}, "
         f"{duration / 2:.1f}-{duration:.1f}."
     )
-    tokens, seen = parts._prompt(views, "up", (), 12)
+    tokens, seen = parts.prompt(views, "up", (), 12)
     assert sum(tokens.in_video) == 10
     assert len(seen) == 2
     assert chat.views(video).note == ""

@@ -360,9 +360,9 @@ def test_each_segment_has_its_own_sound(chat, files):
     assert torch.equal(views.sounds[1], read_fbank(low, 1.0, None, SOUND))
     assert views.sounds[0].mean() > views.sounds[1].mean() + 0.1  # the second is silent
     # the first segment sounds as it does alone, the second not
-    found = parts._prompt(views, "red bar", (), 12)[1]
+    found = parts.prompt(views, "red bar", (), 12)[1]
     swapped = replace(views, sounds=views.sounds[[0, 0]])
-    other = parts._prompt(swapped, "red bar", (), 12)[1]
+    other = parts.prompt(swapped, "red bar", (), 12)[1]
     assert torch.equal(found[0], other[0])
     assert (found[1] - other[1]).abs().max() > 1e-3
     assert parts.ask(high, "red bar", max_new_tokens=3)
@@ -376,7 +376,7 @@ def test_a_begun_answer_is_gone_on_with(chat, files):
     free = chat.answers(pairs, max_new_tokens=8)
     begun = chat.answers(pairs, prefix=prefix, max_new_tokens=8)
     for (video, question), reply in zip(pairs, begun, strict=True):
-        tokens, seen = chat._prompt(chat.views(video), question, (), 8)
+        tokens, seen = chat.prompt(chat.views(video), question, (), 8)
         ids = tokens.ids + tokenizer(prefix, add_special_tokens=False)["input_ids"]
         places = tokens.in_video + [False] * (len(ids) - len(tokens))
         made = len(ids)
