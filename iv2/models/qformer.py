@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iv2.models.text import PackedText, padded_attention
-from iv2kernels import Packed, attention
+from iv2.models.text import AddNorm, BertAttention, PackedText
+from iv2kernels import Packed
 from iv2kernels.nn import Linear
 
 
@@ -98,63 +98,16 @@ class _Rows:
     words: Tensor
 
 
-class _Projections(nn.Module):
-    def __init__(self, dim: int, media_dim: int) -> None:
-        super().__init__()
-        self.query = Linear(dim, dim)
-        self.key = Linear(media_dim, dim)
-        self.value = Linear(media_dim, dim)
-
-
-class _AddNorm(nn.Module):
-    """The end of a branch: linear layer, dropout, drop path, residual, LayerNorm."""
-
-    def __init__(self, in_dim: int, config: QFormerConfig) -> None:
-        super().__init__()
-        self.dense = Linear(in_dim, config.embed_dim)
-        self.LayerNorm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
-        self.dropout = config.dropout
-
-    def forward(self, branch: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
-        y = F.dropout(self.dense(branch), self.dropout, self.training)
-        out: Tensor = self.LayerNorm(x + (y if scale is None else y * scale))
-        return out
-
-
-class _Attention(nn.Module):
-    def __init__(self, config: QFormerConfig, media_dim: int) -> None:
-        super().__init__()
-        # `self` and `output` are the published names.
-        self.self = _Projections(config.embed_dim, media_dim)
-        self.output = _AddNorm(config.embed_dim, config)
-        self.num_heads, self.dropout = config.num_heads, config.attn_dropout
-
-    def forward(
-        self, x: Tensor, media: Tensor | None, packed: Packed, scale: Tensor | None
-    ) -> Tensor:
-        source = x if media is None else media.flatten(0, 1)
-        q, k, v = (
-            part.view(len(part), self.num_heads, -1)
-            for part in (self.self.query(x), self.self.key(source), self.self.value(source))
-        )
-        if self.training and self.dropout:
-            o = padded_attention(q, k, v, packed, self.dropout)
-        else:
-            o = attention(q, k, v, packed=packed)  # type: ignore[assignment]
-        y: Tensor = self.output(o.flatten(1), x, scale)
-        return y
-
-
 class _Layer(nn.Module):
     def __init__(self, config: QFormerConfig, *, cross: bool) -> None:
         super().__init__()
-        self.attention = _Attention(config, config.embed_dim)
+        self.attention = BertAttention(config, config.embed_dim)
         if cross:
-            self.crossattention = _Attention(config, config.media_dim)
+            self.crossattention = BertAttention(config, config.media_dim)
         self.intermediate = nn.ModuleDict({"dense": Linear(config.embed_dim, config.mlp_dim)})
-        self.output = _AddNorm(config.mlp_dim, config)
+        self.output = AddNorm(config.mlp_dim, config)
         self.intermediate_query = nn.ModuleDict({"dense": Linear(config.embed_dim, config.mlp_dim)})
-        self.output_query = _AddNorm(config.mlp_dim, config)
+        self.output_query = AddNorm(config.mlp_dim, config)
         self.cross = cross
 
     def forward(
@@ -167,11 +120,13 @@ class _Layer(nn.Module):
     ) -> Tensor:
         sizes = rows.packed.cu_seqlens_q.diff().long()
         per_row = _spread(scales, sizes, len(x))
-        x = self.attention(x, None, rows.packed, per_row[0])
+        x = self.attention(x, rows.packed, None, per_row[0])
         per_query = [None if s is None else s[rows.queries] for s in per_row]
         q = x[rows.queries]
         if self.cross:
-            q = self.crossattention(q, media, across, per_query[1])
+            look = self.crossattention
+            keys, values = look.heads(look.self.key(media)), look.heads(look.self.value(media))
+            q = look(q, across, (keys, values), per_query[1])
         q = self.output_query(F.gelu(self.intermediate_query["dense"](q)), q, per_query[2])
         if not len(rows.words):
             alone: Tensor = q

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,21 @@ TEXT: dict[str, TextConfig] = {
 }
 
 
+class BertSizes(Protocol):
+    """What the parts of BERT know of a configuration; the Q-Former's is another."""
+
+    @property
+    def embed_dim(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def attn_dropout(self) -> float: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+
+
 class _Projections(nn.Module):
     """query, key and value; of tokens, or key and value of media."""
 
@@ -128,34 +144,46 @@ class _Projections(nn.Module):
         self.value = Linear(media_dim, dim)
 
 
-class _AddNorm(nn.Module):
-    """The end of a branch: linear layer, dropout, residual, LayerNorm."""
+class AddNorm(nn.Module):
+    """The end of a branch: linear layer, dropout, drop path, residual, LayerNorm."""
 
-    def __init__(self, in_dim: int, config: TextConfig) -> None:
+    def __init__(self, in_dim: int, config: BertSizes) -> None:
         super().__init__()
         self.dense = Linear(in_dim, config.embed_dim)
         self.LayerNorm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
         self.dropout = config.dropout
 
-    def forward(self, branch: Tensor, x: Tensor) -> Tensor:
-        y: Tensor = self.LayerNorm(F.dropout(self.dense(branch), self.dropout, self.training) + x)
-        return y
+    def forward(
+        self,
+        branch: Tensor,  # [total, in_dim]
+        x: Tensor,  # [total, C]
+        scale: Tensor | None = None,  # [total, 1], of drop path
+    ) -> Tensor:
+        y = F.dropout(self.dense(branch), self.dropout, self.training)
+        out: Tensor = self.LayerNorm((y if scale is None else y * scale) + x)
+        return out
 
 
-class _Attention(nn.Module):
+class BertAttention(nn.Module):
     """Post-norm attention over packed sequences."""
 
-    def __init__(self, config: TextConfig, media_dim: int) -> None:
+    def __init__(self, config: BertSizes, media_dim: int) -> None:
         super().__init__()
         # `self` and `output` are the published names.
         self.self = _Projections(config.embed_dim, media_dim)
-        self.output = _AddNorm(config.embed_dim, config)
+        self.output = AddNorm(config.embed_dim, config)
         self.num_heads, self.dropout = config.num_heads, config.attn_dropout
 
     def heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], self.num_heads, -1)
 
-    def forward(self, x: Tensor, packed: Packed, media: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [total, C]
+        packed: Packed,
+        media: tuple[Tensor, Tensor] | None,  # keys and values [B, N, heads, head_dim]
+        scale: Tensor | None = None,  # [total, 1], of drop path
+    ) -> Tensor:
         q = self.heads(self.self.query(x))
         if media is None:
             k, v = self.heads(self.self.key(x)), self.heads(self.self.value(x))
@@ -163,14 +191,14 @@ class _Attention(nn.Module):
             k, v = (part.flatten(0, 1) for part in media)
         dropout = self.dropout if self.training else 0.0
         if dropout:
-            o = padded_attention(q, k, v, packed, dropout)
+            o = _padded_attention(q, k, v, packed, dropout)
         else:
             o = attention(q, k, v, packed=packed)  # type: ignore[assignment]
-        y: Tensor = self.output(o.flatten(1), x)
+        y: Tensor = self.output(o.flatten(1), x, scale)
         return y
 
 
-def padded_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float) -> Tensor:
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float) -> Tensor:
     """PyTorch's attention on padded sequences, which drops probabilities; the op does not."""
     cu_q = packed.cu_seqlens_q.long()
     cu_k = cu_q if packed.cu_seqlens_k is None else packed.cu_seqlens_k.long()
@@ -194,11 +222,11 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: f
 class _Layer(nn.Module):
     def __init__(self, config: TextConfig, *, fusion: bool) -> None:
         super().__init__()
-        self.attention = _Attention(config, config.embed_dim)
+        self.attention = BertAttention(config, config.embed_dim)
         if fusion:
-            self.crossattention = _Attention(config, config.media_dim)
+            self.crossattention = BertAttention(config, config.media_dim)
         self.intermediate = nn.ModuleDict({"dense": Linear(config.embed_dim, config.mlp_dim)})
-        self.output = _AddNorm(config.mlp_dim, config)
+        self.output = AddNorm(config.mlp_dim, config)
 
     def forward(
         self,

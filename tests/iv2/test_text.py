@@ -120,12 +120,12 @@ def test_attention_dropout_runs_padded_and_keeps_the_mean(encoder):
 
     expected = run()
     for module in encoder.modules():
-        if type(module).__name__ == "_Attention":
+        if type(module).__name__ == "BertAttention":
             module.dropout = 1e-9
     encoder.train()
     torch.testing.assert_close(run(), expected, atol=1e-4, rtol=1e-4)
     for module in encoder.modules():
-        if type(module).__name__ == "_Attention":
+        if type(module).__name__ == "BertAttention":
             module.dropout = 0.5
     assert not torch.allclose(run(), expected, atol=1e-2)
 
