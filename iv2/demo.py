@@ -65,9 +65,9 @@ class Budget:
 
 DEMO = Budget(
     clips=2000,
-    image_teacher_steps=600,
-    video_teacher_steps=800,
-    stage1_steps=1300,
+    image_teacher_steps=550,
+    video_teacher_steps=750,
+    stage1_steps=1200,
     supervised_steps=0,
     single_teachers=False,
     goals={"motion": 0.15, "background": 0.10},
@@ -90,7 +90,14 @@ LEARN: dict[int, Budget] = {
         stage2=None,
     ),
     # A short stage 1, as in the demo, is what stage 2 starts from.
-    2: replace(DEMO, speed_rounds=1, stage2=LEARN2),
+    2: replace(
+        DEMO,
+        image_teacher_steps=600,
+        video_teacher_steps=800,
+        stage1_steps=1300,
+        speed_rounds=1,
+        stage2=LEARN2,
+    ),
     # So are a short stage 1 and a short stage 2 for stage 3.
     3: replace(DEMO, speed_rounds=1, stage2=replace(DEMO2, steps=500), stage3=LEARN3),
 }
