@@ -50,7 +50,7 @@ class Page:
     def figure(self, figure: Any, alt: str) -> None:
         """A matplotlib figure, as a PNG inside the page."""
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+        save_figure(figure, buffer, format="png", dpi=110, bbox_inches="tight")
         data = base64.b64encode(buffer.getvalue()).decode()
         self.parts.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
 
@@ -61,6 +61,14 @@ class Page:
             f"<style>{_STYLE}</style><h1>{title}</h1>{''.join(self.parts)}</html>\n",
             encoding="utf-8",
         )
+
+
+def save_figure(figure: Any, to: Any, **options: Any) -> None:
+    """Write a matplotlib figure to a file, and let go of it: pyplot keeps what is not closed."""
+    from matplotlib import pyplot
+
+    figure.savefig(to, **options)
+    pyplot.close(figure)
 
 
 def _cell(value: Any) -> str:

@@ -26,7 +26,7 @@ def test_usage_and_unknown_names(capsys):
         cli.main(["fly"])
     with pytest.raises(SystemExit, match="recipe must be one of stage1-1b, stage1-6b"):
         cli.main(["train", "stage9"])
-    with pytest.raises(SystemExit, match="stage must be one of 1, 2, got 4"):
+    with pytest.raises(SystemExit, match="stage must be one of 1, 2, 3, got 4"):
         cli.main(["learn", "--stage", "4"])
 
 

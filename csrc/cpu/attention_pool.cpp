@@ -17,7 +17,7 @@ namespace iv2::IV2_ISA {
 namespace {
 
 constexpr int64_t kRows = 8;       // tokens in registers
-constexpr int64_t kDepth = 256;    // of the width, between two additions to a sum in memory
+constexpr int64_t kDepth = 64;     // of the width, between two additions to a sum in memory
 constexpr int64_t kColumns = 128;  // of a task of weigh
 constexpr int64_t kGroup = 16;     // heads of weigh at a time
 

@@ -161,7 +161,7 @@ def search(stage: DualEncoder, index: Index, query: str, top: int = 5) -> list[d
 
 def contact_sheet(query: str, found: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Draw four frames of each result, with its score and times, as a PNG."""
-    from iv2.report import plot_frames
+    from iv2.report import plot_frames, save_figure
 
     rows = []
     for row in found:
@@ -173,4 +173,4 @@ def contact_sheet(query: str, found: Sequence[dict[str, Any]], path: str | Path)
             f"{row['score']:.3f}   {row['start']:.1f}-{row['end']:.1f} s   {Path(row['path']).name}"
         )
         rows.append((title, frames.numpy()))
-    plot_frames(query, rows).savefig(path)
+    save_figure(plot_frames(query, rows), path)

@@ -154,10 +154,15 @@ def test_default_kernels_agree_with_the_reference(dtype, residual_dtype):
         loss, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=0
     )
     floor = {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    squares = torch.zeros(2)
     for name, gradient in truth.items():
         scale = gradient.norm().clamp_min(1e-6)
         error, eager_error = (((g[name] - gradient).norm() / scale).item() for g in (got, eager))
-        assert error <= max(2 * eager_error, floor), f"{name}: {error:.2e}, eager {eager_error:.2e}"
+        squares += torch.tensor([error, eager_error]).square()
+        assert error <= max(4 * eager_error, floor), f"{name}: {error:.2e}, eager {eager_error:.2e}"
+    # one of a hundred parameters may be unlucky, all together may not
+    together = (squares / len(truth)).sqrt()
+    assert together[0] <= 1.5 * together[1], together
 
 
 def test_float32_residual_stream_keeps_bfloat16_parameters():
