@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,5 +93,10 @@ def world(device: str = "") -> Iterator[World]:
     )
     try:
         yield World(dist.get_rank(), dist.get_world_size(), place)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
+        # What wraps a stage holds the group, whose threads abort a process that ends before them.
+        gc.collect()
         dist.destroy_process_group()
