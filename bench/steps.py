@@ -1,5 +1,8 @@
 """`python -m bench.steps`: whole steps, our kernels against eager PyTorch and its torch.compile.
 
+Steps of stage 3 are also run with stored logits in place of ``linear_cross_entropy``, all else
+being ours; ``stage3-loss-*`` are that loss alone, forward and backward, at sizes of real models.
+
 GFLOP are counted on the reference by ``torch.utils.flop_counter`` (two for each multiply and add of
 GEMMs, convolutions and attention, forward and backward). The floor is their time at the best GEMM
 rate that is measured in the same run.
@@ -29,7 +32,10 @@ GOALS = {
     "float32": {"x_eager": 2.5, "floor_percent": 75},
     "bfloat16": {"x_eager": 1.6, "x_compile": 1.3, "floor_percent": 75},
 }
-STEPS = ("encoder-s", "stage1-s", "stage1-1b-slice")
+STEPS = (
+    *("encoder-s", "stage1-s", "stage1-1b-slice"),
+    *("stage3-tiny", "stage3-loss-smollm2", "stage3-loss-mistral", "stage3-loss-mistral-lora"),
+)
 
 
 @dataclass
@@ -37,7 +43,10 @@ class Options:
     """Time whole steps with our kernels and with eager PyTorch."""
 
     # encoder-s: forward of S at 2049 tokens; stage1-s: student step of S at 417 tokens, batch 4,
-    # both decoders, optimizer; stage1-1b-slice: the same of two layers of 1B, batch 2.
+    # both decoders, optimizer; stage1-1b-slice: the same of two layers of 1B, batch 2; stage3-tiny:
+    # 32 conversations on clips with sound, optimizer (needs the extra stage3, as those below);
+    # stage3-loss-smollm2: 1024 tokens of answers, vocabulary 49,152 of width 576, head frozen;
+    # stage3-loss-mistral: 512 tokens, 32,000 of 4096, head frozen, and -lora: with LoRA on it.
     steps: tyro.conf.Positional[tuple[str, ...]] = STEPS
     # float32, bfloat16
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -69,6 +78,12 @@ def build(name: str, dtype: torch.dtype) -> Callable[[], Any]:
         return speed.Step("s", 4, dtype)
     if name == "stage1-1b-slice":
         return speed.Step("1b", 2, dtype, depth=2)
+    if name in STEPS:
+        from bench import stage3  # transformers and peft are of an extra
+
+        if name == "stage3-tiny":
+            return stage3.Step(dtype)
+        return stage3.Loss(stage3.HEADS[name.removeprefix("stage3-")], dtype)
     raise ValueError(f"bench.steps: step must be one of {', '.join(STEPS)}, got {name}")
 
 
@@ -88,6 +103,8 @@ def measure(name: str, dtype: str, options: Options) -> dict[str, Any]:
         eager()
     flops = counter.get_total_flops()
     candidates = {"ours": step, "eager": eager}
+    if hasattr(step, "logits"):
+        candidates["logits"] = step.logits
     if options.compile:
         candidates["compile"] = torch.compile(eager)
     before = peaks()
@@ -115,10 +132,11 @@ def show(row: dict[str, Any]) -> str:
     parts = [f"{row['step']} {row['dtype']}: {row['gflop']:.0f} GFLOP"]
     parts += [
         f"{other} {row[f'{other}_s']:.3f} s {row[f'{other}_mb']:.0f} MB"
-        for other in ("ours", "eager", "compile")
+        for other in ("ours", "eager", "logits", "compile")
         if f"{other}_s" in row
     ]
-    parts += [f"x {o} {row[f'x_{o}']:.2f}" for o in ("eager", "compile") if f"x_{o}" in row]
+    others = ("eager", "logits", "compile")
+    parts += [f"x {o} {row[f'x_{o}']:.2f}" for o in others if f"x_{o}" in row]
     parts.append(
         f"{row['floor_percent']:.0f} % of the floor at {row['peaks'][row['dtype']]:.0f} GFLOP/s"
     )

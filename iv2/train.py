@@ -294,6 +294,7 @@ class _Run:
                 if log is not None and self.step % self.config.log_every == 0:
                     log.write(row)
                 if self.step % self.config.save_every == 0 or self.step == self.total:
+                    self._write_skipped()  # what the stage could not use of the last batch
                     self._save()
         weights = self.run_dir / "model.safetensors"
         if main and (self.step > first or not weights.exists()):

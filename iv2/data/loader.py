@@ -7,15 +7,14 @@ processes, the cache and earlier failures therefore change nothing, and the whol
 position.
 
 A clip that cannot be read, or is too short, gives its place to another one, which depends on (seed,
-sample number) only; it is counted and reported, and too many of them stop the run.
+sample number) only; it is counted and reported, and too many of them stop the run. So are samples
+that the stage finds it cannot use.
 
 Workers are forked, so that they start in milliseconds and share the cache; each runs with one
 thread, where neither PyTorch nor the kernels enter a parallel region.
 """
 
 import hashlib
-import json
-import os
 import sys
 import time
 import warnings
@@ -38,7 +37,9 @@ from iv2.data.clips import (
     sparse_test_indices,
     tsn_indices,
 )
+from iv2.data.collate import Collate
 from iv2.data.decode import DecodeError, Video
+from iv2.data.tiles import tiles
 from iv2.data.transforms import CropConfig, draw_view, look
 
 _TRIES = 32  # replacements tried in a row before giving up
@@ -64,6 +65,9 @@ class ClipConfig:
     sound: SoundConfig | None = None
     # normalised float32 [B, 3, T, H, W]; False: uint8 [B, T, H, W, 3], for patch_embed
     normalise: bool = True
+    # most tiles of crop.size in the grid of each clip's own aspect ratio, beside the whole; None:
+    # the whole alone
+    tiles: int | None = None
 
     def __post_init__(self) -> None:
         if self.sampling not in ("tsn", "sparse", "interval"):
@@ -75,6 +79,15 @@ class ClipConfig:
         for name in ("min_frames", "short_side"):
             if getattr(self, name) < 0:
                 raise ValueError(f"ClipConfig: {name} must be >= 0, got {getattr(self, name)}")
+        if self.tiles is None:
+            return
+        if self.tiles < 1:
+            raise ValueError(f"ClipConfig: tiles must be at least 1 or None, got {self.tiles}")
+        if self.crop.kind != "whole" or self.crop.flip or self.normalise:
+            raise ValueError(
+                "ClipConfig: tiles must be None unless crop.kind is whole, crop.flip 0 and "
+                f"normalise False, got {self.tiles}"
+            )
 
 
 def sample_key(*parts: int) -> int:
@@ -124,7 +137,7 @@ class VideoDataset:
         if not samples:
             raise ValueError("VideoDataset: samples must be at least one clip, got none")
         self.samples = list(samples)
-        self.config = config
+        self.config, self.name = config, name
         kinds = sorted({sample.kind for sample in self.samples})
         if len(kinds) > 1:
             raise ValueError(
@@ -151,9 +164,9 @@ class VideoDataset:
         """Sample `index` as seen in `epoch`, or its replacement.
 
         Returns:
-            video and fbank, as the kind has them, and seed (from the place asked for), sample_id
-            (of the clip shown), id, path, label, captions, messages, attributes; skipped, a list
-            of (sample_id, path, reason).
+            video (with tiles uint8 [V, T, H, W, 3]) and fbank, as the kind has them, and seed (from
+            the place asked for), sample_id (of the clip shown), id, path, label, captions,
+            messages, attributes; skipped, a list of (sample_id, path, reason).
 
         Raises:
             RuntimeError: too many clips in a row cannot be read.
@@ -212,6 +225,8 @@ class VideoDataset:
     def _look(self, index: int, rng: np.random.Generator) -> Tensor:
         frames = self._cache.get(index) if self._cache else None
         frames = self._decode(index, rng) if frames is None else frames[self._numbers(frames, rng)]
+        if self.config.tiles:
+            return tiles(frames, self.config.tiles, self.config.crop.size)
         # The released code does not mirror Something-Something either: it tells left from right.
         may_flip = self.samples[index].attributes.get("source") != "ssv2"
         view = draw_view(self.config.crop, frames.shape[1], frames.shape[2], rng, may_flip=may_flip)
@@ -255,6 +270,9 @@ class Batches(Iterator[dict[str, Any]]):
     `fbank` float32 [B, F, bins], as the kind has them; `seeds`, `sample_ids` and `ids` int64 [B];
     `paths`, `captions` (dicts by kind), `messages` and `attributes` lists; and `labels` int64 [B]
     where every clip of the data set has one. Batches of kind text have neither video nor fbank.
+    With tiles, `video` is uint8 [sum of V, T, H, W, 3], clip after clip, and `views` the list of
+    the V. `unusable` is an empty dict: a stage that cannot use a sample puts the reason there under
+    the sample's place in the batch.
 
     Attributes:
         position: Samples that all ranks together have been given.
@@ -297,6 +315,7 @@ class Batches(Iterator[dict[str, Any]]):
         self.position = 0
         self.wait_seconds = 0.0
         self._bad: dict[int, tuple[str, str]] = {}
+        self._last: dict[str, Any] | None = None
         self._order: tuple[int, np.ndarray[Any, Any]] | None = None
         self._batches: Iterator[Any] | None = None
 
@@ -307,8 +326,11 @@ class Batches(Iterator[dict[str, Any]]):
         started = time.perf_counter()
         if self._batches is None:
             self._batches = self._start()
+        self._hear_stage()
         batch: dict[str, Any]
         batch, skipped = next(self._batches)
+        batch["unusable"] = {}
+        self._last = {name: batch[name] for name in ("sample_ids", "paths", "unusable")}
         self.wait_seconds += time.perf_counter() - started
         self.position += self.batch_size * self.world
         for index, path, reason in skipped:
@@ -328,18 +350,16 @@ class Batches(Iterator[dict[str, Any]]):
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Path and reason of each clip that could not be used so far, on this rank."""
-        return dict(self._bad.values())
+        """Path and reason of each clip that could not be used so far, on this rank.
 
-    def write_skipped(self, path: str | Path) -> None:
-        """Write `skipped` as JSON lines (path, reason), whole or not at all."""
-        partial = Path(f"{path}.tmp")
-        rows = ({"path": where, "reason": reason} for where, reason in self.skipped.items())
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, path)
+        What the stage could not use is told from other rows on the clip by its row in the list.
+        """
+        self._hear_stage()
+        return dict(self._bad.values())
 
     def state_dict(self) -> dict[str, Any]:
         """The position, what it refers to, and the report so far."""
+        self._hear_stage()
         return {
             "position": self.position,
             "seed": self.dataset.seed,
@@ -361,7 +381,7 @@ class Batches(Iterator[dict[str, Any]]):
                     f"Batches: {name} must be {here[name]} as in this run, got {state[name]}"
                 )
         self.close()
-        self.position = state["position"]
+        self.position, self._last = state["position"], None
         self._bad = {index: (path, reason) for index, path, reason in state["skipped"]}
 
     def _start(self) -> Iterator[Any]:
@@ -374,7 +394,11 @@ class Batches(Iterator[dict[str, Any]]):
             _Keyed(self.dataset),
             batch_sampler=_Requests(self),
             num_workers=self.num_workers,
-            collate_fn=_Collate(self.dataset.kind, self.dataset.labelled),
+            collate_fn=Collate(
+                self.dataset.kind,
+                labelled=self.dataset.labelled,
+                tiled=bool(self.dataset.config.tiles),
+            ),
             # The loader draws a seed for its workers: not from the run's generator.
             generator=torch.Generator(),
             **options,
@@ -383,6 +407,15 @@ class Batches(Iterator[dict[str, Any]]):
             # Python 3.12 warns of forking beside threads; the workers take no lock of theirs.
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
             return iter(loader)
+
+    def _hear_stage(self) -> None:
+        """Take down which samples of the last batch the stage could not use."""
+        if self._last is None:
+            return
+        for place, reason in self._last["unusable"].items():
+            index, path = int(self._last["sample_ids"][place]), self._last["paths"][place]
+            row = " of ".join(filter(None, (f"row {index + 1}", Path(self.dataset.name).name)))
+            self._bad.setdefault(index, (f"{path} ({row})" if path else row, reason))
 
     def _check_bad(self) -> None:
         bad, total = len(self._bad), len(self.dataset)
@@ -429,31 +462,6 @@ class _Keyed(Dataset[dict[str, Any]]):
 
     def __getitem__(self, request: tuple[int, int]) -> dict[str, Any]:
         return self._dataset.load(*request)
-
-
-class _Collate:
-    def __init__(self, kind: str, labelled: bool) -> None:
-        self._kind, self._labelled = kind, labelled
-
-    def __call__(self, items: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Any]]:
-        batch: dict[str, Any] = {
-            name: torch.stack([item[name] for item in items])
-            for name in ("video", "fbank")
-            if name in items[0]
-        }
-        batch |= {
-            "kind": self._kind,
-            "ids": torch.tensor([item["id"] for item in items]),
-            "seeds": torch.tensor([item["seed"] for item in items]),
-            "sample_ids": torch.tensor([item["sample_id"] for item in items]),
-            "paths": [item["path"] for item in items],
-            "captions": [item["captions"] for item in items],
-            "messages": [item["messages"] for item in items],
-            "attributes": [item["attributes"] for item in items],
-        }
-        if self._labelled:
-            batch["labels"] = torch.tensor([item["label"] for item in items])
-        return batch, [row for item in items for row in item["skipped"]]
 
 
 def _sample_id(name: str, row: str) -> int:

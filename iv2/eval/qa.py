@@ -29,6 +29,7 @@ from iv2.data.captions import clean_caption
 from iv2.data.decode import Video
 from iv2.data.instructions import SYSTEM_PROMPT
 from iv2.data.toy_words import NUMBERS, answer_word, wordings
+from iv2.eval.captions import text_scores
 from iv2.eval.questions import Question, QuestionSet, read_questions
 
 Answer = Callable[[Sequence[Question]], Sequence[str]]
@@ -216,8 +217,8 @@ def score(questions: Sequence[Question], replies: Sequence[str]) -> dict[str, An
 
     Returns:
         ``tasks``, ``mean`` (over tasks), ``total`` (over questions), ``tags``, ``unreadable`` (the
-        replies that name no choice), and ``captions``: recall and precision of what they name.
-        Captions are no part of the accuracies.
+        replies that name no choice), and ``captions``: recall and precision of what they name, and
+        the ``text_scores`` against the one true caption. Captions are no part of the accuracies.
     """
     if isinstance(replies, str) or len(replies) != len(questions):
         raise ValueError(
@@ -225,13 +226,14 @@ def score(questions: Sequence[Question], replies: Sequence[str]) -> dict[str, An
         )
     rights: dict[str, dict[str, list[bool]]] = {"tasks": {}, "tags": {}}
     unreadable = 0
-    captions = [0, 0, 0]
+    captions, told = [0, 0, 0], []
     for question, reply in zip(questions, replies, strict=True):
         if not isinstance(reply, str):
             raise TypeError(f"qa: replies must be strings, got {type(reply).__name__}")
         if question.facts:
             counts = caption_score(reply, question.facts)
             captions = [a + b for a, b in zip(captions, counts, strict=True)]
+            told.append((reply, [question.answer]))
             continue
         if question.choices:
             number = chosen(reply, question)
@@ -247,6 +249,8 @@ def score(questions: Sequence[Question], replies: Sequence[str]) -> dict[str, An
     every = [right for some in rights["tasks"].values() for right in some]
     hit, true, said = captions
     found = {"recall": 100.0 * hit / true, "precision": 100.0 * hit / max(1, said)} if true else {}
+    if told:
+        found |= text_scores(*zip(*told, strict=True))
     return {
         "tasks": tasks,
         "mean": sum(tasks.values()) / len(tasks) if tasks else None,
@@ -443,36 +447,3 @@ def as_text(table: Mapping[str, Any]) -> str:
             cells.append(f"{value:17d}" if isinstance(value, int) else f"{value:17.1f}")
         lines.append(f"{label:{width}s}" + "".join(cells))
     return "\n".join(lines)
-
-
-def text_scores(replies: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """BLEU and chrF of captions by sacrebleu, in per cent.
-
-    Args:
-        replies: The captions.
-        references: For each of them, as many true ones as for every other.
-
-    Returns:
-        ``bleu``, ``chrf``, and ``not_available``: scores that no library at hand computes.
-
-    Raises:
-        RuntimeError: sacrebleu is not installed.
-        ValueError: The numbers of references differ.
-    """
-    try:
-        import sacrebleu
-    except ImportError as error:
-        raise RuntimeError(
-            "text_scores: sacrebleu must be installed: pip install iv2[scores]"
-        ) from error
-    if len(references) != len(replies) or len({len(some) for some in references}) != 1:
-        raise ValueError(
-            "text_scores: references must be equally many for each of "
-            f"{len(replies)} replies, got {[len(some) for some in references]}"
-        )
-    columns = [list(column) for column in zip(*references, strict=True)]
-    return {
-        "bleu": float(sacrebleu.corpus_bleu(list(replies), columns).score),
-        "chrf": float(sacrebleu.corpus_chrf(list(replies), columns).score),
-        "not_available": "CIDEr and METEOR (pycocoevalcap needs Java and 100 MB)",
-    }

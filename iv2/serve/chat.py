@@ -16,11 +16,11 @@ from iv2.data.audio import SoundConfig, read_fbank
 from iv2.data.clips import interval_indices, sparse_test_indices, tsn_indices
 from iv2.data.decode import Video
 from iv2.data.loader import ClipConfig
+from iv2.data.tiles import tiles
 from iv2.data.transforms import Box, View, look
 from iv2.models.language import base
 from iv2.stages.conversation import Message, Tokens
 from iv2.stages.stage3 import Stage3, load_stage3
-from iv2.stages.tiles import tiles
 
 # A file, uint8 frames [T, H, W, 3], those with the filter banks [F, bins] of their sound, or
 # nothing: a question about nothing seen.

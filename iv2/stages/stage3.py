@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from iv2.checkpoint import load_checkpoint, load_weights, read_weights
 from iv2.config import Stage3Config
 from iv2.data.captions import Tokenizer
+from iv2.data.tiles import tiles
 from iv2.models.audio import AudioConfig
 from iv2.models.language import (
     Language,
@@ -31,7 +32,6 @@ from iv2.models.text import PackedText
 from iv2.models.vision_config import VisionConfig
 from iv2.stages.conversation import Conversation, ConversationTooLongError, Tokens
 from iv2.stages.stage2 import share_of_mean
-from iv2.stages.tiles import tiles
 
 # The trunk of stage 2 has more than is needed; tables of images may be absent.
 _VISION_LACKS = ("img_pos_embed",)
@@ -59,8 +59,8 @@ class Stage3(nn.Module):
     """The mean loss of all answers' tokens; over several processes, of all ranks'.
 
     A conversation whose last round alone is longer than ``config.max_tokens`` is left out, with a
-    warning, and listed in ``skipped``; early rounds that do not fit are counted in
-    ``dropped_rounds``.
+    warning, and listed in ``skipped`` and in the batch's ``unusable``; early rounds that do not fit
+    are counted in ``dropped_rounds``.
 
     Args:
         model: Video encoder, Q-Former and language model.
@@ -165,17 +165,18 @@ class Stage3(nn.Module):
 
         Args:
             batch: ``messages`` (a conversation for each sample), ``video`` unless it is of text
-                alone, ``fbank`` where it is heard too, ``seeds`` and ``paths``.
+                alone, ``views`` where that is tiles already, ``fbank`` where it is heard too,
+                ``seeds``, ``paths``, and perhaps ``unusable``: ``Batches`` describes them.
 
         Raises:
             ValueError: A conversation is none; its sample is named. There is sound without video,
                 or without an audio tower.
         """
         device = self.model.project_up.weight.device
-        views, fbank = self._views(batch.get("video")), batch.get("fbank")
+        (views, counts), fbank = self._views(batch), batch.get("fbank")
         if fbank is not None and views is None:
             raise ValueError("Stage3: batch must have video beside fbank, got none")
-        chosen, rows = self._tokens(batch, 0 if views is None else views.shape[1])
+        chosen, rows = self._tokens(batch, counts)
         if not rows:  # every rank must have a gradient
             nothing = self.model.project_up.weight.sum() * 0
             return {"next_token": share_of_mean(nothing.float(), 0)}
@@ -183,10 +184,12 @@ class Stage3(nn.Module):
         found = None
         if views is not None:
             kept = torch.tensor(chosen, device=views.device)
+            own = torch.split(torch.arange(len(views), device=views.device), counts)
             messages = [batch["messages"][i] for i in chosen]
             seeds = batch["seeds"][kept] if self.training else None
             heard = None if fbank is None else fbank[kept]
-            found = self.see(views[kept], messages, seeds, heard)
+            seen = views[torch.cat([own[i] for i in chosen])]
+            found = self._see(seen, [counts[i] for i in chosen], messages, seeds, heard)
         inputs = self.model.embed_text(ids, found, in_video)
         hidden = hidden_states(self.model.lm, inputs)
         learnt = targets >= 0
@@ -208,36 +211,60 @@ class Stage3(nn.Module):
             seeds: int64, keys of drop path.
             fbank: The sound of each sample, or of each view.
         """
-        count = views.shape[1]
-        if seeds is not None:
-            every = torch.arange(count, device=seeds.device)
-            seeds = (seeds[:, None] + (every << 40)).flatten()
-        text = self._instructions(messages, count)
-        text = None if text is None else text.to(views.device)
-        return self.model.embed_video(views.flatten(0, 1), text, fbank=fbank, seeds=seeds)
+        return self._see(views.flatten(0, 1), [views.shape[1]] * len(views), messages, seeds, fbank)
 
-    def _views(self, video: Tensor | None) -> Tensor | None:
-        if video is None or not self.config.tiles:
-            return None if video is None else video[:, None]
+    def _see(
+        self,
+        views: Tensor,  # uint8 [sum of V, T, H, W, 3] | float [sum of V, 3, T, H, W]
+        counts: Sequence[int],  # V of each sample
+        messages: Sequence[Sequence[dict[str, str]]],
+        seeds: Tensor | None,  # [B]
+        fbank: Tensor | None,  # [B, F, bins], or of each view where V are equal
+    ) -> Tensor:
+        """Embeddings [sum of V, Q, C]."""
+        each = torch.tensor(counts, device=views.device)
+        if seeds is not None:
+            number = torch.cat([torch.arange(n, device=seeds.device) for n in counts])
+            seeds = seeds.repeat_interleave(each) + (number << 40)
+        # of equally many views the model itself gives each its sound, which it embeds once
+        if fbank is not None and len(set(counts)) > 1:
+            fbank = fbank.repeat_interleave(each, 0)
+        text = self._instructions(messages, counts)
+        text = None if text is None else text.to(views.device)
+        return self.model.embed_video(views, text, fbank=fbank, seeds=seeds)
+
+    def _views(self, batch: dict[str, Any]) -> tuple[Tensor | None, list[int]]:
+        """What is seen of all samples [sum of V, ...], and how many views each has."""
+        video = batch.get("video")
+        if video is None:
+            return None, [0] * len(batch["messages"])
+        if "views" in batch:
+            return video, batch["views"]
+        if not self.config.tiles:
+            return video, [1] * len(video)
         if video.dtype != torch.uint8:
             raise TypeError(
                 "Stage3: video must be uint8 to be cut into tiles (data.clip.normalise False), "
                 f"got {video.dtype}"
             )
         side = self.model.vision_encoder.config.img_size
-        return torch.stack([tiles(frames, self.config.tiles, side) for frames in video])
+        cut = [tiles(frames, self.config.tiles, side) for frames in video]
+        return torch.cat(cut), [len(some) for some in cut]
 
-    def _tokens(self, batch: dict[str, Any], views: int) -> tuple[list[int], list[Tokens]]:
+    def _tokens(
+        self, batch: dict[str, Any], views: Sequence[int]
+    ) -> tuple[list[int], list[Tokens]]:
         """Numbers of the samples that fit, and their tokens."""
         chosen, rows = [], []
+        most, unusable = self.config.max_tokens, batch.get("unusable", {})
         for i, messages in enumerate(batch["messages"]):
             path = batch["paths"][i] or f"text with seed {int(batch['seeds'][i])}"
             try:
-                found = self.conversation.tokens(messages, views, max_tokens=self.config.max_tokens)
+                found = self.conversation.tokens(messages, views[i], max_tokens=most)
             except ConversationTooLongError as error:
                 if path not in self.skipped:
                     warnings.warn(f"stage3: {path} is skipped: {error}", stacklevel=2)
-                self.skipped[path] = str(error)
+                self.skipped[path] = unusable[i] = str(error)
                 continue
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
@@ -249,16 +276,16 @@ class Stage3(nn.Module):
         return chosen, rows
 
     def _instructions(
-        self, messages: Sequence[Sequence[dict[str, str]]], views: int
+        self, messages: Sequence[Sequence[dict[str, str]]], views: Sequence[int]
     ) -> PackedText | None:
         """What the Q-Former reads, once a view; of long ones the beginning is cut, as published."""
         if self.words is None or self.config.instruction == "none":
             return None
         role = {"system": "system", "question": "user"}[self.config.instruction]
         texts = []
-        for conversation in messages:
+        for conversation, count in zip(messages, views, strict=True):
             said = [m["content"] for m in conversation if m["role"] == role]
-            texts += [said[0] if said else ""] * views
+            texts += [said[0] if said else ""] * count
         text = self.words.encode(texts, max_tokens=1 << 20)
         most = self.model.qformer.config.max_positions
         parts = [

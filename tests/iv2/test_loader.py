@@ -16,9 +16,11 @@ from media import numbers, write_broken, write_video
 
 from iv2.data import loader
 from iv2.data.clips import Sample, read_list
+from iv2.data.decode import Video
 from iv2.data.loader import Batches, ClipConfig, FrameCache, VideoDataset, sample_key
 from iv2.data.mixed import MixedBatches
 from iv2.data.synthetic import write_toyworld
+from iv2.data.tiles import tiles
 from iv2.data.transforms import CropConfig
 
 CONFIG = ClipConfig(num_frames=4, crop=CropConfig(size=16))
@@ -111,6 +113,72 @@ def test_a_position_is_of_one_list_of_texts() -> None:
     batches("a").load_state_dict(state)
     with pytest.raises(ValueError, match="digest must be"):
         batches("b").load_state_dict(state)
+
+
+def test_what_a_stage_cannot_use_is_listed_and_counted(toys: list[Sample]) -> None:
+    """Several conversations on one clip, and texts, are told apart by their rows."""
+    samples = [replace(toys[0], messages=talk(f"number {i}")) for i in range(4)]
+
+    def stream(**options: Any) -> Batches:
+        dataset = VideoDataset(samples, CONFIG, name="asked.jsonl")
+        return Batches(dataset, 2, shuffle=False, **({"max_bad_fraction": 1.0} | options))
+
+    batches = stream()
+    first = next(batches)
+    assert first["unusable"] == {}
+    first["unusable"][1] = "too long"
+    named = {f"{toys[0].path} (row 2 of asked.jsonl)": "too long"}
+    assert batches.skipped == named  # at once: a run's last batch has none after it
+    second = next(batches)
+    assert second["unusable"] == {}
+    second["unusable"] |= {0: "far too long", 1: "too long"}
+    state = json.loads(json.dumps(batches.state_dict()))
+    assert [row[0] for row in state["skipped"]] == [1, 2, 3]
+    again = stream()
+    again.load_state_dict(state)
+    assert again.skipped == batches.skipped
+    assert list(again.skipped.values()) == ["too long", "far too long", "too long"]
+    # what comes next does not change
+    batches.load_state_dict(again.state_dict())
+    plain = take(stream(), 3)
+    assert same([next(batches)], plain[2:])
+    # too many of them stop the run
+    strict = stream(max_bad_fraction=0.4)
+    next(strict)["unusable"] |= {0: "too long", 1: "too long"}
+    with pytest.raises(RuntimeError, match=r"2 of 4 clips cannot be used.*\(row 2 of .*too long"):
+        next(strict)
+    texts = [Sample("", kind="text", messages=talk(str(i))) for i in range(2)]
+    mixed = MixedBatches([Batches(VideoDataset(texts, CONFIG), 2, shuffle=False)])
+    next(mixed)["unusable"][1] = "too long"
+    assert mixed.skipped == {"row 2": "too long"}
+
+
+def test_tiles_are_those_of_each_clip(tmp_path: Path) -> None:
+    """Clips of one batch have different numbers of views: those that `iv2 chat` looks at."""
+    sizes = {"wide": (32, 64), "square": (48, 48), "small": (24, 24), "high": (96, 32)}
+    samples = [
+        Sample(str(write_video(tmp_path / f"{name}.mp4", 12, height=height, width=width)))
+        for name, (height, width) in sizes.items()
+    ]
+    config = replace(PLAIN, crop=CropConfig("whole", 24, flip=0.0), tiles=6)
+    for workers in (0, 1):
+        dataset = VideoDataset(samples, config, cache_bytes=10**6)
+        with Batches(dataset, 4, shuffle=False, num_workers=workers) as batches:
+            batch = next(batches)
+        assert batch["views"] == [3, 5, 1, 4]
+        assert batch["video"].shape == (13, 4, 24, 24, 3)
+        assert batch["video"].dtype == torch.uint8
+        assert len(batch["seeds"]) == 4
+    whole = VideoDataset(samples, replace(PLAIN, crop=CropConfig("whole", 24, flip=0.0)))
+    parts = torch.split(batch["video"], batch["views"])
+    for index, (sample, part) in enumerate(zip(samples, parts, strict=True)):
+        with Video(sample.path) as video:
+            frames = video.frames([1, 4, 7, 10])
+        assert torch.equal(part, tiles(frames, 6, 24))
+        # the last view is the whole, here by another resize
+        plain = whole.load(0, index)["video"].float()
+        assert (part[-1].float() - plain).abs().mean() < 8
+    assert "views" not in next(Batches(whole, 2))
 
 
 def test_uint8_frames_are_those_of_the_rule(tmp_path: Path) -> None:
@@ -239,9 +307,6 @@ def test_broken_files_are_replaced_and_reported(tmp_path: Path, workers: int) ->
         assert reasons["one"] == "too short: 1 frame, need 4"
         assert reasons["audio"] == "no video stream"
         assert "empty" in reasons["empty"]
-        batches.write_skipped(tmp_path / "skipped.jsonl")
-        rows = [json.loads(x) for x in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-        assert {row["path"]: row["reason"] for row in rows} == batches.skipped
         state = batches.state_dict()
     fresh = Batches(VideoDataset(samples, CONFIG), 4)
     assert same(take(fresh, 6), batches_seen)  # in another process, with other failures known
@@ -373,6 +438,9 @@ def test_keys_are_spread() -> None:
         (lambda d: ClipConfig(num_frames=0), "num_frames must be at least 1, got 0"),
         (lambda d: ClipConfig(min_frames=-1), "min_frames must be >= 0, got -1"),
         (lambda d: ClipConfig(short_side=-1), "short_side must be >= 0, got -1"),
+        (lambda d: replace(PLAIN, tiles=0), "tiles must be at least 1 or None, got 0"),
+        (lambda d: replace(PLAIN, tiles=6, normalise=True), "tiles must be None unless .* got 6"),
+        (lambda d: replace(CONFIG, tiles=6, normalise=False), "crop.kind is whole, crop.flip 0"),
     ],
 )
 def test_bad_arguments(toys: list[Sample], make: Any, message: str) -> None:

@@ -176,7 +176,9 @@ def test_tiles_have_their_own_spans(folder):
     assert seen == [(2 * 5, 4, 28, 28, 3)]
     assert stage.conversation.tokens(ROUNDS, 5).in_video.count(True) == 5 * 5
     # the order of the embeddings: samples, then views
-    views = stage._views(batch["video"])
+    flat, counts = stage._views(batch)
+    assert counts == [5, 5]
+    views = flat.unflatten(0, (2, 5))
     one = stage.see(views, batch["messages"])
     alone = stage.see(views[1:, 2:3], batch["messages"][1:])
     torch.testing.assert_close(one[7:8], alone, rtol=1e-4, atol=1e-5)
@@ -188,9 +190,11 @@ def test_tiles_have_their_own_spans(folder):
 def test_long_conversations_are_skipped_with_a_word(folder):
     stage = tiny_stage(folder, replace(CONFIG, max_tokens=16)).eval()
     batch = batch_of(said("up", "down"), said("up", " ".join(["left"] * 20)))
+    batch["unusable"] = {}
     with pytest.warns(UserWarning, match=r"clip1\.mp4 is skipped: .* at most 16 tokens, got 32"):
         loss = stage(batch)["next_token"]
     assert set(stage.skipped) == {"clip1.mp4"}
+    assert batch["unusable"] == {1: stage.skipped["clip1.mp4"]}  # for the list of the run
     first = {**batch_of(said("up", "down")), "video": batch["video"][:1]}
     torch.testing.assert_close(loss, stage(first)["next_token"])
     # early rounds are left out and counted
@@ -217,13 +221,13 @@ def test_the_q_former_reads_what_it_is_told(folder):
     a, b = (plain.see(views, [said(q, "down")]) for q in ("up", "red bar"))
     assert torch.equal(a, b)
     # the end of a long one is kept
-    text = stage._instructions([said("up " * 700 + "red", "down")], 1)
+    text = stage._instructions([said("up " * 700 + "red", "down")], [1])
     assert text.max_seqlen == 512
     ids = {n: stage.words._tokenizer.token_to_id(n) for n in ("[CLS]", "red", "[SEP]")}
     assert [text.ids[0], *text.ids[-2:]] == [ids["[CLS]"], ids["red"], ids["[SEP]"]]
     system = tiny_stage(folder, replace(told, instruction="system"))
-    text = system._instructions([said("up", "down", system="red"), said("up", "down")], 2)
-    assert text.cu_seqlens.tolist() == [0, 3, 6, 8, 10]
+    text = system._instructions([said("up", "down", system="red"), said("up", "down")], [2, 1])
+    assert text.cu_seqlens.tolist() == [0, 3, 6, 8]
     with pytest.raises(ValueError, match="qformer_tokenizer must be a folder"):
         tiny_stage(folder, replace(told, qformer_tokenizer=""))
 

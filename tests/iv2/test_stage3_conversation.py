@@ -7,9 +7,9 @@ import torch
 from tiny_stage2 import write_vocabulary
 from tiny_stage3 import said
 
+from iv2.data.tiles import tile_grid, tiles
 from iv2.models.language import tiny_tokenizer
 from iv2.stages.conversation import Conversation, ConversationTooLongError
-from iv2.stages.tiles import tile_grid, tiles
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_tiles_share_the_sound_of_their_clip(folder):
     batch = with_sound(batch_of(said("up", "down"), said("up", "left"), size=56))
     runs = []
     stage.model.audio_encoder.register_forward_pre_hook(lambda m, i: runs.append(len(i[0])))
-    views = stage._views(batch["video"])
+    views = stage._views(batch)[0].unflatten(0, (2, 5))
     once = stage.see(views, batch["messages"], fbank=batch["fbank"])
     each = stage.see(views, batch["messages"], fbank=batch["fbank"].repeat_interleave(5, 0))
     assert runs == [2, 10]
