@@ -6,9 +6,10 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAGE ?= 1
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*)
+TEST_CXX_FILES := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.cu)
 
-.PHONY: demo learn test sanitize check bench format clean
+.PHONY: demo learn test gates sanitize check bench format clean
 
 $(VENV)/base: Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +30,11 @@ learn: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+
+# The Triton kernels compiled for each GPU, none needed, and held to tests/gates/budgets.json.
+gates: $(VENV)/installed
+	$(BIN)/python -m tests.gates
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench
@@ -50,13 +56,13 @@ sanitize: $(VENV)/installed
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES) $(TEST_CXX_FILES)
 	$(BIN)/mypy
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES) $(TEST_CXX_FILES)
 
 clean:
 	rm -rf $(VENV) build *.egg-info iv2kernels/_C*.so

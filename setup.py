@@ -33,6 +33,8 @@ class CMakeBuild(build_ext):
             f"-DIV2_WERROR={os.environ.get('IV2_WERROR', 'OFF')}",
             f"-DIV2_SANITIZE={os.environ.get('IV2_SANITIZE', 'OFF')}",
             f"-DIV2_ISAS={os.environ.get('IV2_ISAS', '')}",  # e.g. avx2, for a quicker build
+            f"-DIV2_CUDA={os.environ.get('IV2_CUDA', 'auto')}",
+            f"-DIV2_CUDA_ARCHS={os.environ.get('IV2_CUDA_ARCHS', '80')}",  # e.g. 80;90a
         ]
         subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", str(build)])

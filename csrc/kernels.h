@@ -3,8 +3,8 @@
 // A struct holds pointers, int64_t and double only, 8 bytes each, so that a binding is a copy of
 // the call's arguments in order (bindings.cpp) and a CUDA kernel can take the same struct. Optional
 // pointers may be null. Memory belongs to the caller; kernels allocate nothing. `threads` is last:
-// results never depend on it. Shape letters: B batch, T frames, H W pixels, N tokens, C width, M
-// rows.
+// results never depend on it, and CUDA kernels ignore it. Shape letters: B batch, T frames, H W
+// pixels, N tokens, C width, M rows.
 #pragma once
 #include <cstdint>
 
@@ -17,6 +17,12 @@ enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kUInt8 = 3 };
 static constexpr int64_t kMaxRowChunks = 64;
 static constexpr int64_t row_chunks(int64_t rows) {
   return rows < 16 ? 1 : (rows + 15) / 16 < kMaxRowChunks ? (rows + 15) / 16 : kMaxRowChunks;
+}
+// The same on a GPU, where a chunk is a block's and every multiprocessor needs some; `row_chunks`
+// in the comments of a struct is this number there.
+static constexpr int64_t kMaxCudaRowChunks = 512;
+static constexpr int64_t cuda_row_chunks(int64_t rows) {
+  return rows < 4 ? 1 : (rows + 3) / 4 < kMaxCudaRowChunks ? (rows + 3) / 4 : kMaxCudaRowChunks;
 }
 
 struct AddRmsNormFwd {
@@ -91,6 +97,7 @@ struct DistillLossFwd {
 
 struct DistillLossBwd {
   const void* dx_unit;  // [M, D] dtype
+  const float* dloss;   // [1], a further factor that the host does not know; null on the CPU
   void* dx;             // [M, D] dtype: scale * dx_unit
   int64_t rows, dim, dtype;
   double scale;
@@ -171,7 +178,9 @@ struct MasksDraw {
   const float* weights;  // [B, rows, N], or null: all 1
   int32_t* ids;          // [B, rows * repeat * keep], sorted; indices into rows * N (repeat * N)
   uint32_t* keys;        // [B, rows, N] scratch
-  int64_t* bad;          // [1], set to 1 where a weight is negative or not finite
+  // [1], set to 1 where a weight is negative or not finite. Null on a GPU, where such a row's ids
+  // are all -1
+  int64_t* bad;
   int64_t batch, rows, tokens, keep, repeat;  // rows or repeat is 1
   int64_t stream;
   int64_t threads;
@@ -200,6 +209,7 @@ struct HardNegativesDraw {
 // or, with cu_seqlens, [total, heads, head_dim] of `batch` sequences laid end to end, of which
 // q_len and k_len are the longest. A token is numbered over the whole batch: b * N + i, or its row.
 // With q_gain, q stands for q * q_rstd * q_gain and k for k * k_rstd (spatiotemporal_attention).
+// On a GPU rows are aligned to 16 bytes, and neither tiles nor q_gain is given.
 struct AttentionFwd {
   const void* q;                // [B, Nq, heads, head_dim] dtype
   const void* k;                // [B, Nk, kv_heads, head_dim] dtype
@@ -214,7 +224,7 @@ struct AttentionFwd {
   const float* k_rstd;  // [B * Nk], null with q_gain
   void* o;              // [B, Nq, heads, head_dim] dtype, contiguous
   float* lse;           // [B, heads, Nq] or [heads, total_q]; -inf where no key is visible
-  float* scratch;       // [threads, attention_fwd_scratch(head_dim, k_len)]
+  float* scratch;       // [threads, attention_fwd_scratch(head_dim, k_len)], null on a GPU
   int64_t batch, heads, kv_heads, q_len, k_len, head_dim, total_q, num_tiles;
   int64_t q_batch, q_token, q_head;  // strides in elements
   int64_t k_batch, k_token, k_head;
@@ -331,20 +341,20 @@ struct PatchEmbedGather {
   const int32_t* ids;  // [B, keep], or null: all
   const void* table;   // [3, 256] dtype, what a byte stands for; null for floats
   void* patches;       // [B, first + keep, 3 * tubelet * patch^2] dtype; `first` rows of zeros
-  int64_t batch, keep, first, grid_h, grid_w, tubelet, patch;
+  int64_t batch, keep, first, grid_t, grid_h, grid_w, tubelet, patch;
   int64_t video_b, video_c, video_t, video_h, video_w;
-  int64_t video_dtype, dtype;  // dtype is fp32 or bf16
+  int64_t video_dtype, dtype;  // dtype is fp32 or bf16, on a GPU also fp16
   int64_t threads;
 };
 
 struct PatchEmbedAdd {
-  const void* y;           // [B, first + keep, C] dtype (fp32 where dtype is fp16); may be out
-  const float* bias;       // [C] or null
-  const void* pos_embed;   // [first + N, C] pos_dtype, or null
-  const float* cls_token;  // [C], null unless first is 1
-  const int32_t* ids;      // [B, keep], or null: all
-  void* out;               // [B, first + keep, C] dtype
-  int64_t batch, keep, first, dim;
+  const void* y;  // [B, first + keep, C] dtype (on the CPU fp32 where dtype is fp16); may be out
+  const float* bias;                        // [C] or null
+  const void* pos_embed;                    // [first + N, C] pos_dtype, or null
+  const float* cls_token;                   // [C], null unless first is 1
+  const int32_t* ids;                       // [B, keep], or null: all
+  void* out;                                // [B, first + keep, C] dtype
+  int64_t batch, keep, first, tokens, dim;  // tokens is N
   int64_t dtype, pos_dtype;
   int64_t threads;
 };
@@ -381,7 +391,7 @@ struct GatherTokensFwd {
   const int32_t* ids;  // [B, keep]
   const void* add;     // [B, keep, C] y_dtype, or null
   void* y;             // [B, keep, C] y_dtype
-  int64_t batch, keep, dim;
+  int64_t batch, tokens, keep, dim;
   int64_t x_batch, x_token;  // strides in elements; x_batch is 0 where all samples share x
   int64_t x_dtype, y_dtype;
   int64_t threads;
@@ -500,3 +510,24 @@ IV2_DECLARE_IN(avx512_bf16)
 namespace iv2::cpu {
 const Kernels& table();
 }  // namespace iv2::cpu
+
+// The kernels that csrc/cuda has, of the same structs. They start on the current device's stream, a
+// cudaStream_t, and return 0 or the cudaError_t.
+#define IV2_CUDA_KERNELS(K)               \
+  K(add_rms_norm_fwd, AddRmsNormFwd)      \
+  K(add_rms_norm_bwd, AddRmsNormBwd)      \
+  K(attention_fwd, AttentionFwd)          \
+  K(distill_loss_fwd, DistillLossFwd)     \
+  K(distill_loss_bwd, DistillLossBwd)     \
+  K(gather_tokens_fwd, GatherTokensFwd)   \
+  K(gather_tokens_bwd, GatherTokensBwd)   \
+  K(masks_draw, MasksDraw)                \
+  K(patch_embed_gather, PatchEmbedGather) \
+  K(patch_embed_add, PatchEmbedAdd)       \
+  K(patch_embed_bwd, PatchEmbedBwd)
+
+namespace iv2::cuda {
+#define IV2_DECLARE_CUDA(name, Args) int name(const Args&, void* stream);
+IV2_CUDA_KERNELS(IV2_DECLARE_CUDA)
+#undef IV2_DECLARE_CUDA
+}  // namespace iv2::cuda

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,26 +39,28 @@ class From(NamedTuple):
 
 
 # The fastest first, by device type; a row enters with the benchmark row that justifies it (bench/).
-# All are for every instruction set but the scalar one; within "torch" the GEMM follows the CPU
-# (iv2kernels/library/linear.py).
+# All for the CPU are for every instruction set but the scalar one; within "torch" the GEMM follows
+# the CPU (iv2kernels/library/linear.py). Those for "cuda" are by static evidence, the bytes that a
+# kernel moves and what it compiles to (tests/gates): no GPU has timed them.
 PREFER: dict[str, dict[str, tuple[Impl | From, ...]]] = {
-    "add_rms_norm": {"cpu": ("native",)},
-    "attention": {"cpu": ("native",)},
-    "spatiotemporal_attention": {"cpu": ("native",)},
+    "add_rms_norm": {"cpu": ("native",), "cuda": ("triton", "native")},
+    "attention": {"cpu": ("native",), "cuda": ("triton",)},
+    "spatiotemporal_attention": {"cpu": ("native",), "cuda": ("triton",)},
+    # on a GPU eager's GEMM is the vendor's, and adds the bias itself
     "linear": {"cpu": ("torch",)},
     "linear_cross_entropy": {"cpu": ("native",)},
     "mlp": {"cpu": ("native",)},
-    "patch_embed": {"cpu": ("native",)},
-    "gather_tokens": {"cpu": ("native",)},
-    "rope3d": {"cpu": ("native",)},
+    "patch_embed": {"cpu": ("native",), "cuda": ("triton", "native")},
+    "gather_tokens": {"cpu": ("native",), "cuda": ("triton", "native")},
+    "rope3d": {"cpu": ("native",), "cuda": ("triton",)},
     "attention_pool": {"cpu": ("native",)},
-    "distill_loss": {"cpu": ("native",)},
-    "contrastive_loss": {"cpu": ("native",)},
+    "distill_loss": {"cpu": ("native",), "cuda": ("triton", "native")},
+    "contrastive_loss": {"cpu": ("native",), "cuda": ("triton",)},
     # fewer rows, with backward: .80-.97 x eager at 256 and 512, .90-1.03 x at 1024 (AVX2), .92 x
     # (AVX-512); 1.04-1.16 x from 1536 on
-    "siglip_loss": {"cpu": (From(1280, "native"),)},
-    "masks": {"cpu": ("native",)},
-    "hard_negatives": {"cpu": ("native",)},
+    "siglip_loss": {"cpu": (From(1280, "native"),), "cuda": ("triton",)},
+    "masks": {"cpu": ("native",), "cuda": ("native",)},
+    "hard_negatives": {"cpu": ("native",), "cuda": ("triton",)},
     "resized_crop_normalize": {"cpu": ("native",)},
 }
 
@@ -116,9 +119,44 @@ def _exists(op: str, impl: str) -> bool:
 _HAS: dict[tuple[str, str], bool] = {
     (op, impl): impl == "reference" or _exists(op, impl)
     for op in PREFER
-    for impl in ("reference", "native", "torch")
+    for impl in ("reference", "native", "triton", "torch")
 }
+
+
+def _triton_reasons() -> dict[str, str | None]:
+    """By device type, the reason why Triton's kernels cannot run there; it is not imported here."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return dict.fromkeys(("cpu", "cuda"), "Triton is not installed: `pip install triton`")
+    loaded = sys.modules.get("triton")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and (
+        loaded is None or type(loaded.language.sum).__name__ == "InterpretedFunction"
+    )
+    reason = "on the CPU they need TRITON_INTERPRET=1, set before triton is imported"
+    return {
+        "cuda": None,
+        "cpu": None if interpreted else f"Triton's kernels are for GPUs: {reason}",
+    }
+
+
+# Read once, as `_HAS`.
+_NO_TRITON = _triton_reasons()
 _SCALAR_ONLY: list[bool] = [_C_ERROR is None and _C.isa() == "scalar"]
+
+
+# What csrc/cuda must have for an op to be native on a GPU.
+_ON_CUDA = {
+    "add_rms_norm": ("add_rms_norm_fwd", "add_rms_norm_bwd"),
+    "distill_loss": ("distill_loss_fwd", "distill_loss_bwd"),
+    "gather_tokens": ("gather_tokens_fwd", "gather_tokens_bwd"),
+    "masks": ("masks_draw",),
+    "patch_embed": ("patch_embed_gather", "patch_embed_add", "patch_embed_bwd"),
+}
+_NATIVE_ON_CUDA = {
+    op
+    for op, kernels in _ON_CUDA.items()
+    if _C_ERROR is None and set(kernels) <= set(_C.cuda_kernels())
+}
 
 
 def why_not(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
@@ -129,7 +167,10 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
         return f"{op} has no implementation {impl} in this build"
     if impl == "native" and _C_ERROR is not None:
         return _C_ERROR
-    if device != "cpu":
+    if impl == "triton" and device in _NO_TRITON:
+        if _NO_TRITON[device] is not None:
+            return _NO_TRITON[device]
+    elif device != "cpu" and not (impl == "native" and device == "cuda" and op in _NATIVE_ON_CUDA):
         return f"{op} has no {impl} kernel for {device} tensors in this build"
     if dtype not in NATIVE_DTYPES and dtype not in (torch.uint8, torch.int64):
         return f"{impl} {op} takes float32, bfloat16 or float16, got {dtype}"
@@ -165,7 +206,7 @@ def default(op: str, device: str, dtype: torch.dtype, rows: int | None = None) -
         else:
             candidate = row
         # The scalar build is for correctness; torch's own kernels are faster there.
-        if candidate == "native" and _SCALAR_ONLY[0]:
+        if candidate == "native" and device == "cpu" and _SCALAR_ONLY[0]:
             continue
         if why_not(op, candidate, device, dtype) is None:
             return candidate
@@ -217,7 +258,13 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         module = importlib.import_module(f"iv2kernels.{_folder(args[-1])}.{op}")
-        return getattr(module, name)(*args[:-1])
+        function = getattr(module, name)
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        if not first.is_cuda:
+            return function(*args[:-1])
+        # kernels are launched on the current device, whatever tensors they get
+        with torch.cuda.device(first.device):
+            return function(*args[:-1])
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -2,12 +2,32 @@
 
 A rank compares its rows of v with all rows of t, a rectangle of the whole matrix. Statistics of its
 rows are complete then; those of columns are joined over the ranks. Backward makes dv complete and a
-part of dt, which is summed over the ranks. "gather" holds all of t; in a "ring" chunks of t travel
-from rank to rank with their column statistics and gradients, while the chunk at hand is computed.
+part of dt, which is summed over the ranks. "gather" holds all of t, which comes in chunks of every
+rank's rows: a chunk is compared while the next one is on its way, and in backward its dt is summed
+while the next one is computed. In a "ring" t travels from rank to rank with its column statistics
+and gradients, while the rows at hand are computed.
+
+One code for gloo and NCCL, written to these rules; gloo is tested, NCCL was not run:
+- Every rank starts the same collectives in the same order. What decides how many there are (the
+  numbers of rows and of ranks, which inputs need gradients) is the same on each, and no value is.
+- NCCL's collectives run on its own stream, which first waits for the stream that they are started
+  on: what they read is complete, and what runs meanwhile must not touch what they read or write.
+  Their ``wait`` lets the current stream wait, not the process. So a ``Gathering`` is waited for on
+  the stream that began it, or on one that waits for that.
+- What a collective reads or writes is kept until it was waited for: memory that is freed is used
+  again in the order of the current stream alone.
+- What a rank sends and receives at a step of the ring is one batch, in which no order is needed: it
+  cannot wait for itself. Batches of a step are started in the same order on each rank.
+- No value is read back from the GPU on the way, so that the process runs ahead. Two are before: how
+  many rows the other ranks have, which goes over the CPU where the group has a backend for it
+  ("cpu:gloo,cuda:nccl"), and the temperature, unless the Triton kernels give NaN for a wrong one.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,22 +44,33 @@ from iv2kernels.ops.contrastive_loss import contrastive_loss as _local_loss
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+# Rows are gathered in chunks of so many or more on all ranks together, in so many chunks at most.
+_CHUNK_ROWS = 1024
+_MOST_CHUNKS = 4
+
 Mode = Literal["gather", "ring", "local"]
 GradMode = Literal["exact", "upstream"]
 
 
 class Gathering:
-    """Rows of all ranks on their way; made by ``gather_async``."""
+    """Rows of all ranks on their way, in chunks; made by ``gather_async``."""
 
-    def __init__(self, local: Tensor, rows: Tensor, work: Any) -> None:
-        self.local, self._rows, self._work = local, rows, work
+    def __init__(self, local: Tensor, chunks: list[Tensor], works: list[Any]) -> None:
+        # chunks: [W, b, D], b rows of each rank
+        self.local, self._chunks, self._works = local, chunks, works
+
+    def arrived(self) -> Iterator[Tensor]:
+        """The chunks [W, b, D], one after the other, each when it is there; without gradient."""
+        for i, chunk in enumerate(self._chunks):
+            if self._works[i] is not None:
+                self._works[i].wait()
+                self._works[i] = None
+            yield chunk
 
     def wait(self) -> Tensor:
         """The rows [W * B, D], in the order of the ranks, without gradient."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return self._rows
+        chunks = list(self.arrived())
+        return (chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1)).flatten(0, 1)
 
 
 def gather_async(
@@ -57,7 +88,7 @@ def gather_async(
     """
     if _size(group) > 1:
         _check_rows("gather_async: x", x, group)
-    return _gather(x, group)
+    return _gather(x, group, _MOST_CHUNKS)
 
 
 def contrastive_loss(
@@ -94,7 +125,7 @@ def contrastive_loss(
 
     Raises:
         ValueError: mode or grad_mode is unknown, or ranks have different numbers of rows; and what
-            the op raises.
+            the op raises (with the Triton kernels, a temperature that is wrong gives NaN).
     """
     for name, value, known in (
         ("mode", mode, ("gather", "ring", "local")),
@@ -110,26 +141,36 @@ def contrastive_loss(
     if mode == "local" or _size(group) == 1:
         return _local_loss(v, t, temperature, ids=ids, impl=impl)
     check_pairs("contrastive_loss", v, t, ids, temperature=temperature)
-    check_temperature(float(temperature.detach()))
     name = dispatch.choose("contrastive_loss", v, impl)
+    if name != "triton":
+        check_temperature(float(temperature.detach()))
     if not was_checked:
         _check_rows("contrastive_loss: v", v, group)
     if len(v) == 0:
         return _local_loss(v, t, temperature, impl=impl)
-    if mode == "gather" and gathering is None:
-        gathering = _gather(t, group)
     if ids is None:  # numbers of the rows among those of all ranks
         ids = torch.arange(len(v), device=v.device) + len(v) * dist.get_rank(group)
-    labels: Tensor = torch.unique(_gather(ids.long(), group).wait(), return_inverse=True)[1]
-    rows = gathering.wait() if gathering is not None and mode == "gather" else None
-    problem = _Problem(labels.float(), rows, grad_mode == "exact", name, group)
-    return _Loss.apply(v, t, temperature, problem)  # type: ignore[no-any-return]
+    labels = _gather(ids.long(), group)  # before t: the first chunk is compared by them
+    if mode == "gather" and gathering is None:
+        gathering = _gather(t, group, _MOST_CHUNKS)
+    every = labels.wait()
+    ordered = every.sort().values
+    first = torch.searchsorted(ordered, every)
+    counts = torch.searchsorted(ordered, every, right=True) - first
+    chunks = gathering if mode == "gather" else None
+    problem = _Problem(
+        first.float(), 1 / counts.double(), chunks, grad_mode == "exact", name, group
+    )
+    # kernels are launched on the current device
+    with torch.cuda.device(v.device) if v.is_cuda else nullcontext():
+        return _Loss.apply(v, t, temperature, problem)  # type: ignore[no-any-return]
 
 
 @dataclass
 class _Problem:
     labels: Tensor  # [W * B] whole float32 numbers: ids of all ranks
-    rows: Tensor | None  # [W * B, D] all of t; None: in a ring
+    inverse_counts: Tensor  # [W * B] float64: 1 / the rows, on any rank, with the label of each row
+    gathering: Gathering | None  # of all of t; None: in a ring
     exact: bool
     impl: str
     group: Any
@@ -144,26 +185,26 @@ class _Problem:
         part: Tensor = x.chunk(self.size)[dist.get_rank(self.group)]
         return part
 
-    @property
-    def inverse_counts(self) -> Tensor:
-        """[B] float64: 1 / the rows, on any rank, with the label of each row."""
-        counts = torch.bincount(self.labels.long())[self.labels.long()]
-        return 1 / self.own(counts).double()
+    def chunks(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+        """The gathered rows [W * b, D], with the labels of this rank's rows and of theirs."""
+        assert self.gathering is not None
+        first, labels = 0, self.labels.view(self.size, -1)
+        for chunk in self.gathering.arrived():
+            last = first + chunk.shape[1]
+            yield chunk.flatten(0, 1), (self.own(self.labels), labels[:, first:last].flatten())
+            first = last
+
+    def own_columns(self, columns: list[Tensor]) -> Tensor:
+        """Of what each chunk's columns have, [3, W * b], this rank's: [3, B]."""
+        return torch.cat([torch.stack([self.own(x) for x in part]) for part in columns], 1)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, t: Tensor, temperature: Tensor, problem: _Problem) -> Tensor:
-        scale = 1 / float(temperature)
-        if problem.rows is not None:
-            labels = (problem.own(problem.labels), problem.labels)
-            rows, columns, positives = _statistics((v, problem.rows), labels, scale, problem.impl)
-            columns = _join_ranks(columns, problem.group)
-            own = torch.stack([problem.own(x) for x in columns])
-        else:
-            rows, own, positives = _ring_statistics(v, t, scale, problem)
-            columns = own
-        positive = positives.double() * problem.inverse_counts
+        found = _gather_statistics if problem.gathering is not None else _ring_statistics
+        rows, columns, own, positives = found(v, t, temperature, problem)
+        positive = positives.double() * problem.own(problem.inverse_counts)
         total = (_losses(rows, positive) + _losses(own, positive)).sum()
         dist.all_reduce(total, group=problem.group)
         ctx.save_for_backward(v, t, temperature, rows, columns)
@@ -176,17 +217,12 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
         v, t, temperature, rows, columns = ctx.saved_tensors
         problem, needs = ctx.problem, ctx.needs_input_grad
-        part = _Part(float(dloss), 1 / float(temperature), rows, problem, list(needs[:2]))
-        if problem.rows is not None:
-            labels = (problem.own(problem.labels), problem.labels)
-            dv, dt, dscale = part.gradients((v, problem.rows), labels, columns)
-            dt = _sum_own(dt, problem) if needs[1] else dt
-        else:
-            dv, dt, dscale = _ring_gradients(v, t, columns, part)
-        total = torch.tensor(dscale, dtype=torch.float64, device=v.device)
-        dist.all_reduce(total, group=problem.group)
+        part = _Part(dloss, temperature, rows, problem, list(needs[:2]))
+        found = _gather_gradients if problem.gathering is not None else _ring_gradients
+        dv, dt, dscale = found(v, t, columns, part)
+        dist.all_reduce(dscale, group=problem.group)
         factor = problem.size if problem.exact else 1
-        dtemperature = torch.full_like(temperature, -float(total) * part.scale**2)
+        dtemperature = (-dscale / temperature.double().square()).to(temperature.dtype)
         grads = (dv.mul_(factor).to(v.dtype), dt.mul_(factor).to(t.dtype), dtemperature)
         return (*(g if need else None for g, need in zip(grads, needs[:3], strict=True)), None)
 
@@ -196,14 +232,13 @@ class _Loss(torch.autograd.Function):
 
 
 def _statistics(
-    pair: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], scale: float, impl: str
+    pair: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], temperature: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the rows [3, M] and the columns [3, N] of a rectangle; and sums [M] of its positives."""
-    if impl == "native":
-        from iv2kernels.native.contrastive_loss import statistics
-
-        return statistics(pair, labels, scale)
-    s = _logits(pair, scale)
+    if impl != "reference":
+        scale = 1 / float(temperature) if impl == "native" else temperature
+        return _kernels(impl).statistics(pair, labels, scale)  # type: ignore[no-any-return]
+    s = _logits(pair, temperature)
     found = []
     for axis in (1, 0):
         most = s.amax(axis, keepdim=True)
@@ -214,9 +249,13 @@ def _statistics(
     return found[0], found[1], s.masked_fill(~same, 0).sum(1)
 
 
-def _logits(pair: tuple[Tensor, Tensor], scale: float) -> Tensor:
+def _kernels(impl: str) -> Any:
+    return importlib.import_module(f"iv2kernels.{impl}.contrastive_loss")
+
+
+def _logits(pair: tuple[Tensor, Tensor], temperature: Tensor) -> Tensor:
     wide = torch.promote_types(pair[0].dtype, torch.float32)
-    return pair[0].to(wide) @ pair[1].to(wide).T * scale
+    return pair[0].to(wide) @ pair[1].to(wide).T / temperature.to(wide)
 
 
 def _against(terms: Tensor, most: Tensor) -> Tensor:
@@ -254,42 +293,92 @@ def _losses(terms: Tensor, positive: Tensor) -> Tensor:
 class _Part:
     """Gradients of the rectangles of this rank's rows."""
 
-    dloss: float
-    scale: float
+    dloss: Tensor
+    temperature: Tensor
     rows: Tensor  # [3, M], complete
     problem: _Problem
     needs: list[bool]  # of v and of t
 
     def gradients(
         self, pair: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], columns: Tensor
-    ) -> tuple[Tensor, Tensor, float]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Of v, of t, empty where not needed, and of the scale; columns: [3, N], complete."""
         stats = [x for most, ties, rest in (self.rows, columns) for x in (most, 1 / (ties + rest))]
-        dloss = self.dloss / self.problem.size  # the mean is over the rows of all ranks
-        target = self.problem.inverse_counts
-        if self.problem.impl == "native":
-            from iv2kernels.native.contrastive_loss import part_gradients
-
+        dloss = self.dloss.double() / self.problem.size  # the mean is over the rows of all ranks
+        target, impl = self.problem.own(self.problem.inverse_counts), self.problem.impl
+        if impl != "reference":
             parts = (*labels, target.float(), torch.cat(stats))
-            return part_gradients(dloss, pair, parts, self.scale, self.needs)
-        s = _logits(pair, self.scale)
+            numbers: Any = (dloss, self.temperature)
+            if impl == "native":
+                numbers = (float(dloss), 1 / float(self.temperature))
+            dv, dt, dscale = _kernels(impl).part_gradients(
+                numbers[0], pair, parts, numbers[1], self.needs
+            )
+            return dv, dt, torch.as_tensor(dscale, dtype=torch.float64)
+        s = _logits(pair, self.temperature)
         row_max, row_inverse, column_max, column_inverse = stats
         p = (s - row_max[:, None]).exp() * row_inverse[:, None]
         q = (s - column_max).exp() * column_inverse
         same = (labels[0][:, None] == labels[1]) * target.to(s.dtype)[:, None]
         ds = (p + q - 2 * same) * (dloss / (2 * len(s)))
         v, t = (x.to(s.dtype) for x in pair)
-        dv = ds @ t * self.scale if self.needs[0] else s.new_empty(0)
-        dt = ds.T @ v * self.scale if self.needs[1] else s.new_empty(0)
-        return dv, dt, float((ds * s).sum()) / self.scale
+        temperature = self.temperature.to(s.dtype)
+        dv = ds @ t / temperature if self.needs[0] else s.new_empty(0)
+        dt = ds.T @ v / temperature if self.needs[1] else s.new_empty(0)
+        return dv, dt, (ds * s).sum().double() * temperature.double()
 
 
-def _sum_own(dt_all: Tensor, problem: _Problem) -> Tensor:
-    """This rank's rows of the sum over the ranks."""
-    dt_all = dt_all.contiguous()
-    out = torch.empty_like(problem.own(dt_all))
-    _reduce_scatter(out, dt_all, group=problem.group)
-    return out
+# ---- the gathered rows, chunk by chunk
+
+
+def _gather_statistics(
+    v: Tensor, t: Tensor, temperature: Tensor, problem: _Problem
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of this rank's rows, of all columns by chunk, of this rank's, and of its positives."""
+    rows: Tensor | None = None
+    positives = v.new_zeros(len(v), dtype=torch.promote_types(v.dtype, torch.float32))
+    columns = []
+    for chunk, labels in problem.chunks():
+        more, column, positive = _statistics((v, chunk), labels, temperature, problem.impl)
+        rows = more if rows is None else _join(rows, more)
+        positives += positive
+        columns.append(column)
+    assert rows is not None
+    every = _join_ranks(torch.cat(columns, 1), problem.group)
+    sizes = [column.shape[1] for column in columns]
+    return rows, every, problem.own_columns(list(every.split(sizes, 1))), positives
+
+
+def _gather_gradients(
+    v: Tensor, t: Tensor, columns: Tensor, part: _Part
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem, first = part.problem, 0
+    total: Tensor | None = None
+    dscale = torch.zeros((), dtype=torch.float64, device=v.device)
+    coming = []
+    for chunk, labels in problem.chunks():
+        last = first + len(chunk)
+        dv, dt, more = part.gradients((v, chunk), labels, columns[:, first:last])
+        total = dv if total is None else total.add_(dv)
+        dscale += more
+        if part.needs[1]:
+            coming.append(_Sum(dt, problem))
+        first = last
+    assert total is not None
+    return total, torch.cat([x.wait() for x in coming]) if coming else dt, dscale
+
+
+class _Sum:
+    """This rank's rows of a sum over the ranks, on its way."""
+
+    def __init__(self, every: Tensor, problem: _Problem) -> None:
+        self._every = every.contiguous()  # kept until it was read
+        self._own = torch.empty_like(problem.own(self._every))
+        self._work = _reduce_scatter(self._own, self._every, group=problem.group, async_op=True)
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        return self._own
 
 
 # ---- the ring: at step k a rank holds the chunk of rank (own - k) mod W
@@ -302,14 +391,14 @@ def _ring_labels(problem: _Problem) -> list[tuple[Tensor, Tensor]]:
 
 
 def _ring_statistics(
-    v: Tensor, t: Tensor, scale: float, problem: _Problem
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of this rank's rows, of its columns, which come home last, and of its positives."""
+    v: Tensor, t: Tensor, temperature: Tensor, problem: _Problem
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of this rank's rows, twice of its columns, which come home last, and of its positives."""
     found: tuple[Tensor, Tensor, Tensor] | None = None
     coming: _Shift | None = None
     for step, labels in enumerate(_ring_labels(problem), 1):
         ahead = _Shift([t], 0, problem.group) if step < problem.size else None
-        rows, columns, positives = _statistics((v, t), labels, scale, problem.impl)
+        rows, columns, positives = _statistics((v, t), labels, temperature, problem.impl)
         if found is not None:
             rows, positives = _join(found[0], rows), found[2] + positives
         if coming is not None:
@@ -320,16 +409,17 @@ def _ring_statistics(
             (t,) = ahead.wait()
     assert found is not None
     assert coming is not None
-    return found[0], coming.wait()[0], found[2]
+    (own,) = coming.wait()
+    return found[0], own, own, found[2]
 
 
 def _ring_gradients(
     v: Tensor, t: Tensor, columns: Tensor, part: _Part
-) -> tuple[Tensor, Tensor, float]:
+) -> tuple[Tensor, Tensor, Tensor]:
     problem = part.problem
     total: Tensor | None = None
     coming: _Shift | None = None
-    dscale = 0.0
+    dscale = torch.zeros((), dtype=torch.float64, device=v.device)
     for step, labels in enumerate(_ring_labels(problem), 1):
         ahead = _Shift([t, columns], 0, problem.group) if step < problem.size else None
         dv, dt, more = part.gradients((v, t), labels, columns)
@@ -366,12 +456,17 @@ class _Shift:
         return self._received
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Gathering:
-    rows = x.detach().contiguous()
-    if _size(group) == 1:
-        return Gathering(x, rows, None)
-    out = rows.new_empty(_size(group) * rows.shape[0], *rows.shape[1:])
-    return Gathering(x, out, _all_gather(out, rows, group=group, async_op=True))
+def _gather(x: Tensor, group: dist.ProcessGroup | None, most_chunks: int = 1) -> Gathering:
+    rows, size = x.detach().contiguous(), _size(group)
+    if size == 1:
+        return Gathering(x, [rows[None]], [None])
+    count = min(most_chunks, max(size * len(rows) // _CHUNK_ROWS, 1))
+    chunks, works = [], []
+    for own in rows.chunk(count):
+        out = rows.new_empty(size * len(own), *rows.shape[1:])
+        works.append(_all_gather(out, own, group=group, async_op=True))
+        chunks.append(out.view(size, *own.shape))
+    return Gathering(x, chunks, works)
 
 
 def _size(group: dist.ProcessGroup | None) -> int:
@@ -380,6 +475,8 @@ def _size(group: dist.ProcessGroup | None) -> int:
 
 def _check_rows(where: str, x: Tensor, group: dist.ProcessGroup | None) -> None:
     """Raise unless every rank has as many rows: gloo would end the process, NCCL hang."""
-    counts = _gather(torch.tensor([len(x)], device=x.device), group).wait().tolist()
+    on_cpu = "cpu:" in dist.get_backend_config(group)
+    count = torch.tensor([len(x)], device="cpu" if on_cpu else x.device)
+    counts = _gather(count, group).wait().tolist()
     if len(set(counts)) > 1:
         raise ValueError(f"{where} must have as many rows on each rank, got {counts}")

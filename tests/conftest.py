@@ -9,11 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from implementation import IMPL
 
 import iv2kernels
 from iv2kernels import _C
 
 ISAS = _C.available_isas()
+
+_TESTS = Path(__file__).parent
+if IMPL == "triton":
+    from tests.triton import interpreter
+
+    interpreter.install()
+    # the op's tests, of the ops that have a Triton kernel, and the interpreter's
+    _kernels = (Path(iv2kernels.__file__).parent / "triton").glob("*.py")
+    _kept = {f"test_{file.name}" for file in _kernels}
+    collect_ignore = [
+        *(p for p in _TESTS.glob("*/test_*.py") if p.parent.name not in ("ops", "triton")),
+        *(p for p in _TESTS.glob("ops/test_*.py") if p.name not in _kept),
+        *_TESTS.glob("test_*.py"),
+    ]
+else:
+    collect_ignore = [_TESTS / "triton"]
 
 # `make sanitize` must not pass on a build that checks nothing.
 if _expected := os.environ.get("IV2_TEST_BUILD"):
@@ -35,9 +52,12 @@ def _steady() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=ISAS if IMPL == "native" else ["triton"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this machine runs, one after the other."""
+    if IMPL != "native":
+        yield request.param
+        return
     before = _C.isa()
     iv2kernels.set_isa(request.param)
     yield request.param

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bench.measure import peak_memory
+from iv2kernels import distributed
 from iv2kernels.distributed import contrastive_loss, gather_async
 
 # Of all ranks: more than a strip and a block of the kernel (pair_tiles.h), in no whole number
@@ -99,6 +100,7 @@ def others(rank: int, world: int) -> dict[str, Any]:
         x = torch.randn(3 + rank, DIM)
         found["uneven"] = error_of(lambda: contrastive_loss(x, x, own["temperature"]))
         found["uneven gathering"] = error_of(lambda: gather_async(x))
+    found["gathered"] = gather_async(own["v"]).wait()
     if world == 4:  # two groups side by side
         groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
         own = share(inputs(torch.float32), rank // 2, 2)
@@ -122,6 +124,7 @@ def memory(rank: int, world: int) -> dict[str, list[float]]:
 def main() -> None:
     rank, world, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
+    distributed._CHUNK_ROWS = 150  # of ROWS, four chunks
     torch.use_deterministic_algorithms(True)  # torch.empty gives NaN, as in conftest.py
     torch.utils.deterministic.fill_uninitialized_memory = True
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -46,7 +46,7 @@ def test_use_is_of_one_thread():
 
 
 def test_a_choice_by_name_never_falls_back():
-    with pytest.raises(RuntimeError, match="implementation triton cannot run"):
+    with pytest.raises(RuntimeError, match="implementation triton cannot run: Triton"):
         k.rms_norm(torch.ones(2, 4), torch.ones(4), impl="triton")
     with k.use("native"), pytest.raises(RuntimeError, match=r"got torch\.float64"):
         k.rms_norm(torch.ones(2, 4).double(), torch.ones(4))
@@ -88,6 +88,33 @@ def test_environment_variables():
         "IV2_ISA must be one of scalar" in run("from iv2kernels import _C", IV2_ISA="neon").stderr
     )
     assert "IV2_IMPL must be one of reference" in run("import iv2kernels", IV2_IMPL="x").stderr
+
+
+def test_triton_is_not_imported_and_says_what_it_needs():
+    code = "import sys, iv2kernels as k; print('triton' in sys.modules); "
+    reason = "print(k.available('add_rms_norm', {!r})['triton'])"
+    plain = run(code + reason.format("cpu")).stdout
+    assert plain.startswith("False\n")
+    missing = "import sys; sys.modules['triton'] = None; import importlib.util as u; "
+    missing += "find = u.find_spec; u.find_spec = lambda n: None if n == 'triton' else find(n); "
+    for device in ("cpu", "cuda"):
+        done = run(missing + code + reason.format(device))
+        assert "pip install triton" in done.stdout, done.stderr
+    if k.available("add_rms_norm", "cuda")["triton"] != "yes":
+        return
+    assert "need TRITON_INTERPRET=1, set before triton is imported" in plain
+    assert run(code + reason.format("cpu"), TRITON_INTERPRET="1").stdout == "False\nyes\n"
+    late = "import triton, os; os.environ['TRITON_INTERPRET'] = '1'; "
+    assert "set before triton is" in run(late + code + reason.format("cpu")).stdout
+    assert run(code + reason.format("cuda")).stdout == "False\nyes\n"
+
+
+def test_what_a_gpu_prefers():
+    has_triton = k.available("add_rms_norm", "cuda")["triton"] == "yes"
+    expected = "triton" if has_triton else "reference"
+    assert dispatch.default("add_rms_norm", "cuda", torch.bfloat16) == expected
+    assert dispatch.default("add_rms_norm", "cuda", torch.float64) == "reference"
+    assert dispatch.default("masks", "cuda", torch.int64) == "reference"
 
 
 def test_one_openmp_runtime():

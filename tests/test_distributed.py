@@ -15,7 +15,6 @@ from compare import assert_as_accurate
 
 import iv2kernels as k
 from iv2kernels.distributed import contrastive_loss, gather_async
-from iv2kernels.native.contrastive_loss import statistics
 from iv2kernels.ops.contrastive_loss import reference
 
 NAMES = ("loss", "dv", "dt", "dtemperature")
@@ -127,6 +126,12 @@ def test_uneven_rows_raise(world):
             )
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_chunks_are_put_together_in_the_order_of_the_ranks(world):
+    for rank in found(world):
+        assert torch.equal(rank["gathered"], ranks.inputs(torch.float32)["v"])
+
+
 def test_memory_is_linear_in_the_batch():
     for rank in found(2):
         for small, large in rank["memory"].values():
@@ -145,25 +150,6 @@ def test_without_a_group():
     assert contrastive_loss(**every, impl="reference") == k.contrastive_loss(
         **every, impl="reference"
     )
-
-
-@pytest.mark.parametrize("shape", [(70, 300), (300, 70), (257, 1)])
-def test_rectangles(isa, shape):
-    """Raw statistics of the native kernel against a dense matrix."""
-    rows, columns = shape
-    g = torch.Generator().manual_seed(3)
-    v, t = torch.randn(rows, 33, generator=g), torch.randn(columns, 33, generator=g)
-    labels, others = (torch.randint(9, (n,), generator=g).float() for n in shape)
-    of_rows, of_columns, positives = statistics((v, t), (labels, others), 0.3)
-    s = v.double() @ t.double().T * 0.3
-    same = labels[:, None] == others
-    torch.testing.assert_close(positives.double(), (s * same).sum(1), atol=1e-4, rtol=1e-5)
-    for terms, axis in ((of_rows, 1), (of_columns, 0)):
-        most, ties, rest = terms.double()
-        assert (ties >= 1).all()
-        torch.testing.assert_close(most, s.amax(axis), atol=1e-5, rtol=1e-5)
-        sums = most + (ties + rest).log()
-        torch.testing.assert_close(sums, s.logsumexp(axis), atol=1e-5, rtol=1e-5)
 
 
 def test_errors():

@@ -3,8 +3,8 @@
 A scene of one shape and one event is as in ``iv2.data.synthetic``. Two shapes are smaller and
 start so that they never meet; with them a single frame tells a little of a growing or shrinking
 shape, which it does not otherwise. Shapes start upright, or nearly: at any angle a small encoder
-needs far more clips to tell them apart (41 % against 85 % after 600 steps). So a frame may tell that
-a shape turns, not which way. Some pairs of shape and colour are kept for held-out clips.
+needs far more clips to tell them apart (41 % against 85 % after 600 steps). So a frame may tell
+that a shape turns, not which way. Some pairs of shape and colour are kept for held-out clips.
 """
 
 from __future__ import annotations

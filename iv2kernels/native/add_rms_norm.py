@@ -1,4 +1,4 @@
-"""add_rms_norm on csrc/cpu/add_rms_norm.cpp."""
+"""add_rms_norm on csrc/cpu/add_rms_norm.cpp and csrc/cuda/add_rms_norm.cu."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from iv2kernels import _C
-from iv2kernels.native.memory import DTYPE, contiguous, floats, ptr
+from iv2kernels.native.memory import DTYPE, contiguous, floats, on_cuda, place, ptr
 
 
 def _rows_per_sample(shape: torch.Size) -> int:
@@ -29,8 +29,8 @@ def add_rms_norm_fwd(
     weight, layer_scale, drop_scale = weight.float(), floats(layer_scale), floats(drop_scale)
     weight = weight.contiguous()
     y = torch.empty_like(x)
-    r = torch.empty(x.shape, dtype=(x if residual is None else residual).dtype)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+    r = torch.empty_like(x if residual is None else residual)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return y, r, rstd
     _C.add_rms_norm_fwd(
@@ -48,7 +48,7 @@ def add_rms_norm_fwd(
         DTYPE[x.dtype],
         DTYPE[r.dtype],
         float(eps),
-        torch.get_num_threads(),
+        *place(x),
     )
     return y, r, rstd
 
@@ -69,11 +69,12 @@ def add_rms_norm_bwd(
     dy, dr, x = contiguous(dy), contiguous(dr, r.dtype), contiguous(x)
     weight, layer_scale, drop_scale = weight.float(), floats(layer_scale), floats(drop_scale)
     weight = weight.contiguous()
-    dx, dresidual = torch.empty(r.shape, dtype=x_dtype), torch.empty_like(r)
-    dweight, dlayer_scale = torch.zeros(dim), torch.zeros(dim)
+    dx, dresidual = torch.empty_like(r, dtype=x_dtype), torch.empty_like(r)
+    dweight, dlayer_scale = torch.zeros(dim, device=r.device), torch.zeros(dim, device=r.device)
     if rows == 0 or dim == 0:
         return dx, dresidual, dweight, dlayer_scale
-    scratch = torch.empty(2, _C.row_chunks(rows), dim)
+    chunks = _C.cuda_row_chunks(rows) if on_cuda(r) else _C.row_chunks(rows)
+    scratch = torch.empty(2, chunks, dim, device=r.device)
     _C.add_rms_norm_bwd(
         ptr(dy),
         ptr(dr),
@@ -93,6 +94,6 @@ def add_rms_norm_bwd(
         _rows_per_sample(r.shape),
         DTYPE[x_dtype],
         DTYPE[r.dtype],
-        torch.get_num_threads(),
+        *place(r),
     )
     return dx, dresidual, dweight, dlayer_scale

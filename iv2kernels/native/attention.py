@@ -1,4 +1,4 @@
-"""attention on csrc/cpu/attention.cpp."""
+"""attention on csrc/cpu/attention.cpp and csrc/cuda/attention.cu."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from iv2kernels import _C
-from iv2kernels.native.memory import DTYPE, contiguous, ptr
+from iv2kernels.native.memory import DTYPE, contiguous, on_cuda, place, ptr
+
+# Those that csrc/cuda has kernels of.
+CUDA_HEAD_DIMS = (64, 88, 128)
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Lists(NamedTuple):
@@ -44,7 +48,23 @@ def threads_for(flops: int) -> int:
     return 1 if flops < 2_000_000 else torch.get_num_threads()
 
 
+def _check_cuda(q: Tensor, lists: Lists | None, norm: Norm | None) -> None:
+    if q.dtype not in CUDA_DTYPES or q.shape[-1] not in CUDA_HEAD_DIMS:
+        raise RuntimeError(
+            "attention: native kernels on a GPU take bfloat16 or float16 and head_dim 64, 88 or "
+            f"128, got {q.dtype} and {q.shape[-1]}"
+        )
+    if lists is not None or norm is not None:
+        raise RuntimeError("attention: native kernels on a GPU take neither blocks nor a norm")
+
+
 def _strided(x: Tensor) -> Tensor:
+    """X, or a copy, with rows that the kernel can read: on a GPU in words of 16 bytes."""
+    if on_cuda(x):
+        apart = [step for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
+        if x.stride(-1) == 1 and not ptr(x) % 16 and not any(step % 8 for step in apart):
+            return x
+        return x.clone(memory_format=torch.contiguous_format)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -110,7 +130,7 @@ def attention_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See csrc/kernels.h: AttentionFwd."""
-    if cu_seqlens_q is not None:
+    if cu_seqlens_q is not None and not on_cuda(q):
         cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         _check_lengths("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         _check_lengths("cu_seqlens_k", cu_k, k.shape[0], max_seqlen_k)
@@ -123,18 +143,23 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, options: Options, norm: Norm | None = None
 ) -> tuple[Tensor, Tensor]:
     """attention_fwd without the checks, and with the norm of spatiotemporal_attention."""
+    if on_cuda(q):
+        _check_cuda(q, options.lists, norm)
     packed = options.cu_seqlens_q is not None
     sequences, cu_q, cu_k = _sequences(q, options)
     q, k, v = _strided(q), _strided(k), _strided(v)
     heads, head_dim = q.shape[-2:]
-    o = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty((heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1]))
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    shape = (heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1])
+    lse = torch.empty(shape, device=q.device)
     if o.numel() == 0:
         return o, lse
     if k.numel() == 0:
         return o.zero_(), lse.fill_(-torch.inf)
-    threads = threads_for(4 * _pairs(q, options))
-    scratch = torch.empty(threads, _C.attention_fwd_scratch(head_dim, options.max_seqlen_k))
+    where = place(q) if on_cuda(q) else (threads_for(4 * _pairs(q, options)),)
+    scratch = None
+    if not on_cuda(q):
+        scratch = torch.empty(where[0], _C.attention_fwd_scratch(head_dim, options.max_seqlen_k))
     _C.attention_fwd(
         ptr(q),
         ptr(k),
@@ -160,7 +185,7 @@ def forward(
         DTYPE[q.dtype],
         options.causal,
         float(options.scale),
-        threads,
+        *where,
     )
     return o, lse
 
@@ -202,6 +227,8 @@ def backward(
     """
     q, k, v, o, lse = saved
     dq, dk, dv = out
+    if on_cuda(q):
+        raise RuntimeError("attention: native kernels on a GPU have no backward; use impl='triton'")
     packed = options.cu_seqlens_q is not None
     sequences, cu_q, cu_k = _sequences(q, options)
     q, k, v = _strided(q), _strided(k), _strided(v)

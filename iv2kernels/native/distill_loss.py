@@ -1,4 +1,4 @@
-"""distill_loss on csrc/cpu/distill_loss.cpp."""
+"""distill_loss on csrc/cpu/distill_loss.cpp and csrc/cuda/distill_loss.cu."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from iv2kernels import _C
-from iv2kernels.native.memory import DTYPE, ptr
+from iv2kernels.native.memory import DTYPE, on_cuda, place, ptr
 
 
 def _rows(ids: Tensor | None, target_rows: int) -> Tensor | None:
     if ids is None or ids.numel() == 0:
         return None
-    low, high = (int(end) for end in ids.aminmax())
-    if low < 0 or high >= target_rows:
-        raise ValueError(
-            f"distill_loss: ids must be in [0, {target_rows}), got {low if low < 0 else high}"
-        )
+    if not on_cuda(ids):
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= target_rows:
+            raise ValueError(
+                f"distill_loss: ids must be in [0, {target_rows}), got {low if low < 0 else high}"
+            )
     return ids.long().contiguous()
 
 
@@ -41,15 +42,15 @@ def distill_loss_fwd(
     if target.dtype not in DTYPE:
         target = target.float()
     weight, bias = norm_weight.float().contiguous(), norm_bias.float().contiguous()
-    loss = torch.full((), torch.nan)
-    dx = torch.empty(x.shape if needs[0] else 0, dtype=x.dtype)
-    dweight = torch.zeros(dim if needs[1] else 0)
+    loss = torch.full((), torch.nan, device=x.device)
+    dx = torch.empty(x.shape if needs[0] else 0, dtype=x.dtype, device=x.device)
+    dweight = torch.zeros(dim if needs[1] else 0, device=x.device)
     dbias = torch.zeros_like(dweight)
     if rows == 0 or dim == 0:
         return loss, dx, dweight, dbias
-    chunks = _C.row_chunks(rows)
-    sums = torch.empty(chunks, dtype=torch.float64)
-    scratch = torch.empty(2, chunks, dim) if needs[1] else None
+    chunks = _C.cuda_row_chunks(rows) if on_cuda(x) else _C.row_chunks(rows)
+    sums = torch.empty(chunks, dtype=torch.float64, device=x.device)
+    scratch = torch.empty(2, chunks, dim, device=x.device) if needs[1] else None
     _C.distill_loss_fwd(
         ptr(x),
         ptr(target),
@@ -70,7 +71,7 @@ def distill_loss_fwd(
         DTYPE[target.dtype],
         float(eps),
         _unit(rows, dim),
-        torch.get_num_threads(),
+        *place(x),
     )
     return loss, dx, dweight, dbias
 
@@ -79,16 +80,21 @@ def distill_loss_bwd(
     dloss: Tensor, dx_unit: Tensor, dweight_unit: Tensor, dbias_unit: Tensor, rows: int, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See csrc/kernels.h: DistillLossBwd."""
-    scale = float(dloss) / _unit(rows, dim)
+    unit = _unit(rows, dim)
+    # on a GPU the kernel alone knows the value
+    known = 1.0 if on_cuda(dloss) else float(dloss)
+    unknown = dloss.float() if on_cuda(dloss) else None
     dx = torch.empty_like(dx_unit)
     if dx.numel() > 0:
         _C.distill_loss_bwd(
             ptr(dx_unit),
+            ptr(unknown),
             ptr(dx),
             rows,
             dim,
             DTYPE[dx.dtype],
-            scale,
-            torch.get_num_threads(),
+            known / unit,
+            *place(dx),
         )
+    scale = known / unit if unknown is None else unknown / unit
     return dx, dweight_unit * scale, dbias_unit * scale

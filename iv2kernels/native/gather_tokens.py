@@ -1,4 +1,4 @@
-"""gather_tokens on csrc/cpu/gather_tokens.cpp."""
+"""gather_tokens on csrc/cpu/gather_tokens.cpp and csrc/cuda/gather_tokens.cu."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from iv2kernels import _C
-from iv2kernels.native.memory import DTYPE, contiguous, ptr
+from iv2kernels.native.memory import DTYPE, contiguous, on_cuda, place, ptr
 
 
 def checked_ids(op: str, argument: str, ids: Tensor, limit: int) -> Tensor:
-    """Ids as contiguous int32, every one in [0, limit).
+    """Ids as contiguous int32, every one in [0, limit); on a GPU the kernel looks for itself.
 
     Raises:
         ValueError: one is not.
     """
-    if ids.numel():
+    if ids.numel() and not on_cuda(ids):
         for bad in torch.stack(torch.aminmax(ids)).tolist():
             if not 0 <= bad < limit:
                 raise ValueError(f"{op}: {argument} must be in [0, {limit}), got {bad}")
@@ -29,7 +29,7 @@ def gather_tokens_fwd(x: Tensor, ids: Tensor, add: Tensor | None) -> Tensor:
     if x.stride(2) != 1:
         x = x.contiguous()
     add = contiguous(add, dtype)
-    y = torch.empty(*ids.shape, x.shape[2], dtype=dtype)
+    y = torch.empty(*ids.shape, x.shape[2], dtype=dtype, device=x.device)
     if y.numel() == 0:
         return y
     _C.gather_tokens_fwd(
@@ -37,12 +37,14 @@ def gather_tokens_fwd(x: Tensor, ids: Tensor, add: Tensor | None) -> Tensor:
         ptr(ids),
         ptr(add),
         ptr(y),
-        *y.shape,
+        len(y),
+        x.shape[1],
+        *y.shape[1:],
         0 if x.shape[0] == 1 else x.stride(0),
         x.stride(1),
         DTYPE[x.dtype],
         DTYPE[dtype],
-        torch.get_num_threads(),
+        *place(x),
     )
     return y
 
@@ -51,7 +53,7 @@ def gather_tokens_bwd(
     dy: Tensor, ids: Tensor, samples: int, tokens: int, x_dtype: torch.dtype
 ) -> Tensor:
     """See csrc/kernels.h: GatherTokensBwd."""
-    dx = torch.empty(samples, tokens, dy.shape[2], dtype=x_dtype)
+    dx = torch.empty(samples, tokens, dy.shape[2], dtype=x_dtype, device=dy.device)
     scatter_add(dy, ids.to(torch.int32).contiguous(), dx)
     return dx
 
@@ -66,8 +68,10 @@ def scatter_add(
     samples, tokens, _ = dx.shape
     if dx.numel() == 0:
         return
-    starts = torch.empty(samples * tokens + 2, dtype=torch.int32)
-    order = torch.empty(batch * keep, dtype=torch.int32)
+    starts = order = None
+    if not on_cuda(dx):
+        starts = torch.empty(samples * tokens + 2, dtype=torch.int32)
+        order = torch.empty(batch * keep, dtype=torch.int32)
     if dy.stride(2) != 1 or dy.stride(1) != dim:
         dy = dy.contiguous()
     _C.gather_tokens_bwd(
@@ -84,5 +88,5 @@ def scatter_add(
         dy.stride(0),
         DTYPE[dy.dtype],
         DTYPE[dx.dtype],
-        torch.get_num_threads(),
+        *place(dx),
     )

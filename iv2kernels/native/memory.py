@@ -1,4 +1,4 @@
-"""How tensors reach the native kernels: addresses, dtype codes and the thread count."""
+"""How tensors reach the native kernels: addresses, dtype codes, and where a kernel runs."""
 
 from __future__ import annotations
 
@@ -24,3 +24,15 @@ def contiguous(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | N
 def floats(x: Tensor | None) -> Tensor | None:
     """X as contiguous float32: how kernels take weights."""
     return contiguous(x, torch.float32)
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Whether x's kernels are csrc/cuda's: nothing then may look at a value, which would wait."""
+    return x.is_cuda
+
+
+def place(x: Tensor) -> tuple[int, ...]:
+    """The last arguments of a kernel on x: the CPU's threads, or none and the GPU's stream."""
+    if not on_cuda(x):
+        return (torch.get_num_threads(),)
+    return 0, torch.cuda.current_stream(x.device).cuda_stream

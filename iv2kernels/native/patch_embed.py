@@ -1,32 +1,42 @@
-"""patch_embed on csrc/cpu/patch_embed.cpp, around torch's GEMM."""
+"""patch_embed on csrc/cpu/patch_embed.cpp and csrc/cuda/patch_embed.cu, around torch's GEMM."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from iv2kernels import _C
 from iv2kernels.library.linear import matmul, matmul_t
 from iv2kernels.native.gather_tokens import checked_ids, scatter_add
-from iv2kernels.native.memory import DTYPE, contiguous, floats, ptr
+from iv2kernels.native.memory import DTYPE, contiguous, floats, on_cuda, place, ptr
 from iv2kernels.ops.patch_embed import grid_of, normalize
 
 # Rows in one product of the weight's gradient. Relative error at 1668 rows: 2.5e-7 in one product,
 # 2.4e-7 with 448, 2.0e-7 with 224; the dense convolution's, most of whose terms are zero, 1.6e-7.
 _SHORT = 224
-_TABLES: dict[torch.dtype, Tensor] = {}
+_TABLES: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
-def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
-    # Few machines multiply float16.
-    return torch.float32 if dtype == torch.float16 else dtype
+def _gemm_dtype(weight: Tensor) -> torch.dtype:
+    # Few CPUs multiply float16.
+    is_narrow = weight.dtype == torch.float16 and not on_cuda(weight)
+    return torch.float32 if is_narrow else weight.dtype
 
 
-def _byte_table(dtype: torch.dtype) -> Tensor:  # [3, 256]
-    if dtype not in _TABLES:
+def _matmul_t(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight) if on_cuda(x) else matmul_t(x, weight)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b) if on_cuda(a) else matmul(a, b)
+
+
+def _byte_table(device: torch.device, dtype: torch.dtype) -> Tensor:  # [3, 256]
+    if (device, dtype) not in _TABLES:
         values = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 3)
-        _TABLES[dtype] = normalize(values).t().to(dtype).contiguous()
-    return _TABLES[dtype]
+        _TABLES[device, dtype] = normalize(values).t().to(device, dtype).contiguous()
+    return _TABLES[device, dtype]
 
 
 def _strides(video: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -49,26 +59,25 @@ def _tubelets(video: Tensor, weight: Tensor, ids: Tensor | None, first: int) -> 
     _, _, tubelet, patch, _ = weight.shape
     keep = grid[0] * grid[1] * grid[2] if ids is None else ids.shape[1]
     video, strides = _strides(video)
-    dtype = _gemm_dtype(weight.dtype)
+    dtype, device = _gemm_dtype(weight), weight.device
     rows = video.shape[0] * (first + keep)
-    patches = torch.empty(rows, 3 * tubelet * patch * patch, dtype=dtype)
+    patches = torch.empty(rows, 3 * tubelet * patch * patch, dtype=dtype, device=device)
     if patches.numel():
         _C.patch_embed_gather(
             ptr(video),
             ptr(ids),
-            ptr(_byte_table(dtype) if video.dtype == torch.uint8 else None),
+            ptr(_byte_table(device, dtype) if video.dtype == torch.uint8 else None),
             ptr(patches),
             video.shape[0],
             keep,
             first,
-            grid[1],
-            grid[2],
+            *grid,
             tubelet,
             patch,
             *strides,
             DTYPE[video.dtype],
             DTYPE[dtype],
-            torch.get_num_threads(),
+            *place(video),
         )
     return patches
 
@@ -88,10 +97,10 @@ def patch_embed_fwd(
     if ids_keep is not None:
         ids_keep = checked_ids("patch_embed", "ids_keep", ids_keep, tokens)
     patches = _tubelets(video, weight, ids_keep, first)
-    y = matmul_t(patches, weight.reshape(dim, patches.shape[1]).to(patches.dtype))
+    y = _matmul_t(patches, weight.reshape(dim, patches.shape[1]).to(patches.dtype))
     y = y.to(patches.dtype)  # autocast may have chosen another
     keep = tokens if ids_keep is None else ids_keep.shape[1]
-    out = y if y.dtype == weight.dtype else torch.empty(y.shape, dtype=weight.dtype)
+    out = y if y.dtype == weight.dtype else torch.empty_like(y, dtype=weight.dtype)
     if y.numel():
         bias, cls_token = floats(bias), floats(cls_token)
         if pos_embed is not None and pos_embed.dtype not in DTYPE:
@@ -107,10 +116,11 @@ def patch_embed_fwd(
             batch,
             keep,
             first,
+            tokens,
             dim,
             DTYPE[out.dtype],
             DTYPE[torch.float32 if pos_embed is None else pos_embed.dtype],
-            torch.get_num_threads(),
+            *place(out),
         )
     return out.view(batch, first + keep, dim)
 
@@ -131,10 +141,11 @@ def patch_embed_bwd(
     tokens = frames * rows * columns
     ids = ids_keep
     if ids is None and (need_video or need_pos):
-        ids = torch.arange(tokens).expand(dy.shape[0], tokens)
+        ids = torch.arange(tokens, device=dy.device).expand(dy.shape[0], tokens)
     ids = contiguous(ids, torch.int32)
-    dvideo, dweight = torch.empty(0, dtype=video.dtype), torch.empty(0, dtype=weight.dtype)
-    dbias, dcls_token, dpos_embed = torch.empty(0), torch.empty(0), torch.empty(0, dtype=pos_dtype)
+    dvideo, dweight = video.new_empty(0), weight.new_empty(0)
+    dbias, dcls_token = _no_floats(dy), _no_floats(dy)
+    dpos_embed = dy.new_empty(0, dtype=pos_dtype)
     if need_weight:
         # the CLS rows of the tubelets are zero
         patches = _tubelets(video, weight, None if ids_keep is None else ids, first)
@@ -143,7 +154,7 @@ def patch_embed_bwd(
     if need_bias or need_cls or (need_pos and has_cls):
         dbias, dcls_token = _row_sums(dy, first)
     if need_pos and ids is not None:
-        dpos_embed = torch.empty(1, first + tokens, dim, dtype=pos_dtype)
+        dpos_embed = dy.new_empty(1, first + tokens, dim, dtype=pos_dtype)
         scatter_add(dy[:, first:], ids, dpos_embed[:, first:])
         if has_cls:
             dpos_embed[0, 0] = dcls_token
@@ -153,16 +164,20 @@ def patch_embed_bwd(
     return (
         dvideo,
         dweight,
-        dbias if need_bias else torch.empty(0),
+        dbias if need_bias else _no_floats(dy),
         dpos_embed,
-        dcls_token if need_cls else torch.empty(0),
+        dcls_token if need_cls else _no_floats(dy),
     )
 
 
+def _no_floats(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32)
+
+
 def _weight_grad(dy: Tensor, patches: Tensor) -> Tensor:
-    """``dy.T @ patches``; in float32 as a sum of short products, which rounds less."""
-    if dy.dtype != torch.float32 or len(dy) <= _SHORT:
-        return matmul(dy.t(), patches)
+    """``dy.T @ patches``; on the CPU in float32 as a sum of short products, which rounds less."""
+    if dy.dtype != torch.float32 or len(dy) <= _SHORT or on_cuda(dy):
+        return _matmul(dy.t(), patches)
     total = torch.zeros(dy.shape[1], patches.shape[1])
     for rows, tubelets in zip(dy.split(_SHORT), patches.split(_SHORT), strict=True):
         total.addmm_(rows.t(), tubelets)
@@ -172,9 +187,10 @@ def _weight_grad(dy: Tensor, patches: Tensor) -> Tensor:
 def _row_sums(dy: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """See csrc/kernels.h: PatchEmbedBwd."""
     batch, keep, dim = dy.shape[0], dy.shape[1] - first, dy.shape[2]
-    dbias, dcls_token = torch.zeros(dim), torch.zeros(dim)
+    dbias, dcls_token = torch.zeros(dim, device=dy.device), torch.zeros(dim, device=dy.device)
     if dy.numel():
-        scratch = torch.empty(_C.row_chunks(batch * keep), dim)
+        chunks = (_C.cuda_row_chunks if on_cuda(dy) else _C.row_chunks)(batch * keep)
+        scratch = torch.empty(chunks, dim, device=dy.device)
         _C.patch_embed_bwd(
             ptr(dy),
             ptr(dbias),
@@ -185,7 +201,7 @@ def _row_sums(dy: Tensor, first: int) -> tuple[Tensor, Tensor]:
             first,
             dim,
             DTYPE[dy.dtype],
-            torch.get_num_threads(),
+            *place(dy),
         )
     return dbias, dcls_token
 
@@ -199,10 +215,10 @@ def _video_grad(
 ) -> Tensor:
     (batch, _, _, height, width), (dim, _, t, p, _) = video.shape, weight.shape
     frames, rows, columns = grid_of(video, weight)
-    dtype = _gemm_dtype(weight.dtype)
+    dtype = _gemm_dtype(weight)
     flat = weight.reshape(dim, 3 * t * p * p).to(dtype)
-    dpatches = matmul(dy.view(-1, dim).to(dtype), flat).view(*dy.shape[:2], flat.shape[1])
-    whole = torch.empty(batch, frames * rows * columns, flat.shape[1], dtype=dtype)
+    dpatches = _matmul(dy.view(-1, dim).to(dtype), flat).view(*dy.shape[:2], flat.shape[1])
+    whole = flat.new_empty(batch, frames * rows * columns, flat.shape[1])
     scatter_add(dpatches[:, first:], ids, whole)
     # [B, T/t, H/p, W/p, 3, t, p, p] -> [B, 3, T/t, t, H/p, p, W/p, p]
     whole = whole.view(batch, frames, rows, columns, 3, t, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7)

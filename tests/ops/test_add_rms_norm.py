@@ -5,6 +5,7 @@ import torch
 from compare import check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementation import IMPL, native_only
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
@@ -12,10 +13,11 @@ from bench.ops import add_rms_norm as bench
 from iv2kernels.ops import add_rms_norm as op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+REAL = bench.SHAPES[:1] if IMPL == "native" else [(2, 17, 384)]
 
 
-def native(**inputs):
-    return k.add_rms_norm(**inputs, impl="native")
+def kernel(**inputs):
+    return k.add_rms_norm(**inputs, impl=IMPL)
 
 
 def reference(x, residual, weight, layer_scale=None, drop_scale=None, eps=1e-6):
@@ -28,23 +30,24 @@ def with_all(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*bench.SHAPES[:1], (3, 5, 17), (1, 1, 1), (2, 93, 88)])
+@pytest.mark.parametrize("shape", [*REAL, (3, 5, 17), (1, 1, 1), (2, 93, 88)])
 def test_matches_float64(isa, shape, dtype):
     inputs, wrt = with_all(shape, dtype)
-    check(native, reference, inputs, wrt)
+    check(kernel, reference, inputs, wrt)
 
 
+@native_only
 def test_matches_float64_at_1b():
     inputs, wrt = with_all((1, 417, 1408), torch.bfloat16)
-    check(native, reference, inputs, wrt)
+    check(kernel, reference, inputs, wrt)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixed_dtypes_keep_the_residual_stream(isa, dtype):
     inputs, wrt = with_all((2, 9, 40), dtype)
     inputs |= {name: inputs[name].float() for name in ("residual", "weight", "layer_scale")}
-    check(native, reference, inputs, wrt)
-    y, r = native(**inputs)
+    check(kernel, reference, inputs, wrt)
+    y, r = kernel(**inputs)
     assert y.dtype == dtype
     assert r.dtype == torch.float32
 
@@ -54,13 +57,13 @@ def test_mixed_dtypes_keep_the_residual_stream(isa, dtype):
 def test_partial_inputs_and_gradients(missing, wrt):
     inputs, _ = with_all((2, 7, 24), torch.float32)
     inputs |= dict.fromkeys(missing)
-    check(native, reference, inputs, [name for name in wrt if inputs[name] is not None])
+    check(kernel, reference, inputs, [name for name in wrt if inputs[name] is not None])
 
 
 def test_rms_norm_is_the_special_case():
     inputs = {"x": torch.randn(3, 50), "weight": torch.randn(50)}
     check(
-        lambda **i: k.rms_norm(**i, impl="native"),
+        lambda **i: k.rms_norm(**i, impl=IMPL),
         lambda x, weight: reference(x, None, weight)[0],
         inputs,
         ["x", "weight"],
@@ -71,26 +74,27 @@ def test_rms_norm_is_the_special_case():
 @given(st.integers(1, 4), st.integers(0, 40), st.integers(1, 130), st.sampled_from(DTYPES))
 def test_any_shape(batch, tokens, width, dtype):
     inputs, wrt = with_all((batch, tokens, width), dtype)
-    check(native, reference, inputs, wrt)
+    check(kernel, reference, inputs, wrt)
 
 
 def test_strided_and_expanded_inputs():
     inputs, wrt = with_all((2, 6, 32), torch.float32)
     inputs["x"] = torch.randn(2, 32, 6).transpose(1, 2)
     inputs["residual"] = torch.randn(1, 6, 32).expand(2, 6, 32)
-    check(native, reference, inputs, wrt)
+    check(kernel, reference, inputs, wrt)
     x = torch.randn(2, 6, 32, requires_grad=True)
-    k.rms_norm(x, torch.ones(32), impl="native").sum().backward()  # an expanded gradient
+    k.rms_norm(x, torch.ones(32), impl=IMPL).sum().backward()  # an expanded gradient
     expected = torch.autograd.grad(reference(x, None, torch.ones(32))[0].sum(), x)[0]
     torch.testing.assert_close(x.grad, expected, atol=1e-5, rtol=1e-4)
 
 
+@native_only
 def test_threads_do_not_change_a_bit(isa):
     inputs, wrt = with_all((4, 101, 96), torch.float32)
     results = []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        results.append(run(native, inputs, wrt))
+        results.append(run(kernel, inputs, wrt))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
@@ -98,11 +102,11 @@ def test_threads_do_not_change_a_bit(isa):
 def test_opcheck_compile_and_checkpoint():
     inputs, wrt = with_all((2, 5, 16), torch.float32)
     ordered = [inputs[name] for name in ("x", "residual", "weight", "layer_scale", "drop_scale")]
-    torch.library.opcheck(op._fwd, (*ordered, 1e-6, "native"), test_utils="test_schema")
-    torch.library.opcheck(op._fwd, (*ordered, 1e-6, "native"), test_utils="test_faketensor")
-    expected = run(native, inputs, wrt)
-    compiled = torch.compile(native, fullgraph=True, backend="aot_eager")
-    for f in (compiled, lambda **i: checkpoint(native, **i, use_reentrant=False)):
+    torch.library.opcheck(op._fwd, (*ordered, 1e-6, IMPL), test_utils="test_schema")
+    torch.library.opcheck(op._fwd, (*ordered, 1e-6, IMPL), test_utils="test_faketensor")
+    expected = run(kernel, inputs, wrt)
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
+    for f in (compiled, lambda **i: checkpoint(kernel, **i, use_reentrant=False)):
         got = run(f, inputs, wrt)
         assert all(torch.equal(expected[name], got[name]) for name in got)
 
@@ -110,7 +114,7 @@ def test_opcheck_compile_and_checkpoint():
 def test_double_backward_raises():
     x = torch.randn(2, 8, requires_grad=True)
     (dx,) = torch.autograd.grad(
-        k.rms_norm(x, torch.ones(8), impl="native").square().sum(), x, create_graph=True
+        k.rms_norm(x, torch.ones(8), impl=IMPL).square().sum(), x, create_graph=True
     )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
@@ -132,7 +136,7 @@ def test_errors():
         k.add_rms_norm(x, None, weight, drop_scale=torch.ones(3))
     with pytest.raises(ValueError, match="rms_norm: x must be"):
         k.rms_norm(torch.tensor(1.0), weight)
-    with pytest.raises(RuntimeError, match="implementation native cannot run: native add_rms_norm"):
-        k.rms_norm(x.double(), weight, impl="native")
+    with pytest.raises(RuntimeError, match=f"{IMPL} cannot run: {IMPL} add_rms_norm takes"):
+        k.rms_norm(x.double(), weight, impl=IMPL)
     with pytest.raises(ValueError, match="impl must be one of reference, native"):
         k.rms_norm(x, weight, impl="fast")

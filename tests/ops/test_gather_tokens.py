@@ -5,6 +5,7 @@ import torch
 from compare import check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementation import IMPL, native_only
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
@@ -14,8 +15,8 @@ from iv2kernels.ops import gather_tokens as op
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def native(**inputs):
-    return k.gather_tokens(**inputs, impl="native")
+def kernel(**inputs):
+    return k.gather_tokens(**inputs, impl=IMPL)
 
 
 def example(shape, dtype, add=True):
@@ -34,21 +35,22 @@ def example(shape, dtype, add=True):
 @pytest.mark.parametrize("shape", [(3, 3, 17, 9, 40), (1, 4, 33, 70, 93), (1, 1, 1, 1, 1)])
 def test_matches_float64(isa, shape, add, dtype):
     inputs, wrt = example(shape, dtype, add)
-    check(native, op.reference, inputs, wrt)
+    check(kernel, op.reference, inputs, wrt)
 
 
+@native_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 2, 2049, 417, 384), (1, 2, 2049, 411, 1408)])
 def test_matches_float64_at_real_sizes(shape, dtype):
     inputs = bench.inputs(shape, dtype)
-    check(native, op.reference, inputs, [name for name in ("x", "add") if inputs[name] is not None])
+    check(kernel, op.reference, inputs, [name for name in ("x", "add") if inputs[name] is not None])
 
 
 def test_without_a_sum_rows_are_copied_bit_by_bit():
     x = torch.randn(2, 9, 24).bfloat16()
     x[0, 0, :3] = torch.tensor([float("nan"), float("inf"), 1e-40])
     ids = torch.arange(9, dtype=torch.int32).expand(2, 9)
-    assert torch.equal(native(x=x, ids=ids).view(torch.int16), x.view(torch.int16))
+    assert torch.equal(kernel(x=x, ids=ids).view(torch.int16), x.view(torch.int16))
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float16", "bfloat16")])
@@ -57,8 +59,8 @@ def test_mixed_dtypes_promote(dtypes, flip):
     x_dtype, add_dtype = (getattr(torch, name) for name in (dtypes[::-1] if flip else dtypes))
     inputs, wrt = example((1, 3, 20, 8, 24), torch.float32)
     inputs |= {"x": inputs["x"].to(x_dtype), "add": inputs["add"].to(add_dtype)}
-    assert native(**inputs).dtype == torch.float32
-    check(native, op.reference, inputs, wrt)
+    assert kernel(**inputs).dtype == torch.float32
+    check(kernel, op.reference, inputs, wrt)
     wide = inputs | {"add": inputs["add"].double()}
     assert k.gather_tokens(**wide).dtype == torch.float64
 
@@ -66,7 +68,7 @@ def test_mixed_dtypes_promote(dtypes, flip):
 @pytest.mark.parametrize("wrt", [("x",), ("add",)])
 def test_partial_gradients(wrt):
     inputs, _ = example((2, 2, 9, 5, 16), torch.float32)
-    check(native, op.reference, inputs, wrt)
+    check(kernel, op.reference, inputs, wrt)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -76,31 +78,32 @@ def test_any_shape(data):
     batch, tokens, keep, width = integers(1, 4), integers(1, 40), integers(0, 50), integers(1, 70)
     shape = (data.draw(st.sampled_from([1, batch])), batch, tokens, keep, width)
     inputs, wrt = example(shape, data.draw(st.sampled_from(DTYPES)), data.draw(st.booleans()))
-    check(native, op.reference, inputs, wrt)
+    check(kernel, op.reference, inputs, wrt)
 
 
 def test_strided_and_expanded_inputs():
     inputs, wrt = example((2, 2, 12, 7, 16), torch.float32)
     inputs["x"] = torch.randn(2, 24, 16)[:, ::2]
-    check(native, op.reference, inputs, wrt)
+    check(kernel, op.reference, inputs, wrt)
     inputs["x"] = torch.randn(2, 16, 12).transpose(1, 2)
-    check(native, op.reference, inputs, wrt)
+    check(kernel, op.reference, inputs, wrt)
     inputs["x"] = torch.randn(1, 12, 16).expand(2, -1, -1)
     inputs["ids"] = inputs["ids"].int().t().contiguous().t()
     inputs["add"] = torch.randn(1, 7, 16).expand(2, -1, -1)
-    check(native, op.reference, inputs, wrt)
+    check(kernel, op.reference, inputs, wrt)
     x = torch.randn(2, 12, 16, requires_grad=True)
-    native(x=x, ids=inputs["ids"]).sum().backward()  # an expanded gradient
+    kernel(x=x, ids=inputs["ids"]).sum().backward()  # an expanded gradient
     counts = torch.nn.functional.one_hot(inputs["ids"].long(), 12).sum(1)
     assert torch.equal(x.grad, counts[..., None].expand(2, 12, 16).float())
 
 
+@native_only
 def test_threads_do_not_change_a_bit(isa):
     inputs, wrt = example((1, 4, 50, 300, 96), torch.float32)
     results = []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        results.append(run(native, inputs, wrt))
+        results.append(run(kernel, inputs, wrt))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
@@ -109,12 +112,12 @@ def test_opcheck_compile_and_checkpoint():
     inputs, wrt = example((1, 3, 20, 8, 24), torch.bfloat16)
     dy = torch.randn(3, 8, 24)
     for test in ("test_schema", "test_faketensor"):
-        torch.library.opcheck(op._fwd, (*inputs.values(), "native"), test_utils=test)
-        arguments = (dy, inputs["ids"], 1, 20, torch.bfloat16, "native")
+        torch.library.opcheck(op._fwd, (*inputs.values(), IMPL), test_utils=test)
+        arguments = (dy, inputs["ids"], 1, 20, torch.bfloat16, IMPL)
         torch.library.opcheck(op._bwd, arguments, test_utils=test)
-    expected = run(native, inputs, wrt)
-    compiled = torch.compile(native, fullgraph=True, backend="aot_eager")
-    for f in (compiled, lambda **i: checkpoint(native, **i, use_reentrant=False)):
+    expected = run(kernel, inputs, wrt)
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
+    for f in (compiled, lambda **i: checkpoint(kernel, **i, use_reentrant=False)):
         got = run(f, inputs, wrt)
         assert all(torch.equal(expected[name], got[name]) for name in got)
 
@@ -122,16 +125,21 @@ def test_opcheck_compile_and_checkpoint():
 def test_double_backward_raises():
     inputs, _ = example((1, 3, 20, 8, 24), torch.float32)
     x = inputs["x"].requires_grad_()
-    (dx,) = torch.autograd.grad(native(**inputs).square().sum(), x, create_graph=True)
+    (dx,) = torch.autograd.grad(kernel(**inputs).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
 
-def test_errors():
+@native_only
+def test_an_index_out_of_range_is_an_error():
     x, ids = torch.randn(2, 5, 8), torch.tensor([[0, 4], [1, 2]])
     for bad in (5, -1, 2**32):
         with pytest.raises(ValueError, match=rf"gather_tokens: ids must be in \[0, 5\), got {bad}"):
-            k.gather_tokens(x, ids.clone().fill_(bad), impl="native")
+            k.gather_tokens(x, ids.clone().fill_(bad), impl=IMPL)
+
+
+def test_errors():
+    x, ids = torch.randn(2, 5, 8), torch.tensor([[0, 4], [1, 2]])
     with pytest.raises(TypeError, match=r"tokens: x must be floating point, got torch\.int64"):
         k.gather_tokens(x.long(), ids)
     with pytest.raises(TypeError, match="add must be floating point"):
@@ -146,19 +154,19 @@ def test_errors():
         k.gather_tokens(x[0], ids)
     with pytest.raises(ValueError, match=r"add must be \[2, 2, 8\], got \[2, 8\]"):
         k.gather_tokens(x, ids, add=x[:, 0])
-    with pytest.raises(RuntimeError, match="native cannot run: native gather_tokens"):
-        k.gather_tokens(x.double(), ids, impl="native")
+    with pytest.raises(RuntimeError, match=f"{IMPL} cannot run: {IMPL} gather_tokens"):
+        k.gather_tokens(x.double(), ids, impl=IMPL)
 
 
 def test_offsets_beyond_int32(tmp_path):
     """Samples 2^31 elements and more apart, in a file that is all hole."""
     far = 2**31 + 40
     inputs, wrt = example((3, 3, 17, 9, 40), torch.bfloat16)
-    expected = run(native, inputs, wrt)
+    expected = run(kernel, inputs, wrt)
     x = inputs["x"]
     storage = torch.from_file(
         str(tmp_path / "x"), shared=True, size=2 * far + x[0].numel(), dtype=x.dtype
     )
     inputs["x"] = storage.as_strided(x.shape, (far, 40, 1)).copy_(x)
-    got = run(native, inputs, wrt)
+    got = run(kernel, inputs, wrt)
     assert all(torch.equal(expected[name], got[name]) for name in got)

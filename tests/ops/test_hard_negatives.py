@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementation import IMPL, native_only
 
 import iv2kernels as k
 from bench.ops import hard_negatives as bench
 from iv2kernels.ops import hard_negatives as op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROWS = 333 if IMPL == "native" else 130  # of several tiles
 
 
 def keys_of(v, t, temperature, ids, seeds):
@@ -23,7 +25,7 @@ def keys_of(v, t, temperature, ids, seeds):
     return [keys.masked_fill(same, -torch.inf) for keys in both]
 
 
-def check(impl="native", **inputs):
+def check(impl=IMPL, **inputs):
     """Every draw has the largest key, to rounding of the scores; -1 where there is none."""
     drawn = k.hard_negatives(**inputs, impl=impl)
     for got, keys in zip(drawn, keys_of(**inputs), strict=True):
@@ -44,21 +46,22 @@ def random_inputs(batch, width, dtype=torch.float32, classes=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 8), (2, 3), (130, 24), (333, 17)])
+@pytest.mark.parametrize("shape", [(1, 8), (2, 3), (66, 24), (ROWS, 17)])
 def test_draws_the_largest_key(isa, shape, dtype):
     check(**random_inputs(*shape, dtype))
     check(**random_inputs(*shape, dtype, classes=2))
     check(**random_inputs(*shape, dtype, classes=shape[0]))
 
 
+@native_only
 def test_real_width():
     inputs = bench.inputs((260, 512), torch.bfloat16)
     check(**inputs)
     check("reference", **inputs)
 
 
-@settings(max_examples=12, deadline=None)
-@given(st.integers(1, 300), st.integers(0, 40), st.sampled_from([None, 1, 3, 100]))
+@settings(max_examples=12 if IMPL == "native" else 5, deadline=None)
+@given(st.integers(1, ROWS), st.integers(0, 40), st.sampled_from([None, 1, 3, 100]))
 def test_any_shape(batch, width, classes):
     check(**random_inputs(batch, width, classes=classes))
     check("reference", **random_inputs(batch, width, classes=classes))
@@ -70,20 +73,31 @@ def test_implementations_agree_where_scores_are_well_separated(isa):
     t = torch.randint(-8, 9, (batch, batch)).float()  # every score is exact
     inputs = {"v": v, "t": t, "temperature": 4.0, "seeds": torch.arange(batch) - 3}
     inputs["ids"] = torch.randint(40, (batch,))
-    native, reference = (k.hard_negatives(**inputs, impl=i) for i in ("native", "reference"))
+    impls = (IMPL, "native", "reference")
+    kernel, native, reference = (k.hard_negatives(**inputs, impl=i) for i in impls)
     gaps = [keys.topk(2).values.diff().abs().min() for keys in keys_of(**inputs)]
     assert min(gaps) > 1e-6
-    for a, b in zip(native, reference, strict=True):
+    for a, b, c in zip(kernel, native, reference, strict=True):
         assert torch.equal(a, b)
+        assert torch.equal(a, c)
         assert (inputs["ids"][a.long()] != inputs["ids"]).all()
     tensor = inputs | {"temperature": torch.tensor(4.0, requires_grad=True)}
-    for a, b in zip(k.hard_negatives(**tensor, impl="native"), native, strict=True):
+    for a, b in zip(k.hard_negatives(**tensor, impl=IMPL), kernel, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(IMPL != "triton", reason="about the strips of Triton's kernels")
+def test_strips_do_not_change_a_draw(monkeypatch):
+    inputs = random_inputs(ROWS, 9, classes=30)
+    expected = k.hard_negatives(**inputs, impl=IMPL)
+    monkeypatch.setattr("iv2kernels.triton.hard_negatives.STRIP", 64)
+    for a, b in zip(k.hard_negatives(**inputs, impl=IMPL), expected, strict=True):
         assert torch.equal(a, b)
 
 
 def test_the_draws_of_these_seeds_never_change():
     zeros = torch.zeros(9, 4)
-    neg_t, neg_v = k.hard_negatives(zeros, zeros, 1.0, None, torch.arange(9))
+    neg_t, neg_v = k.hard_negatives(zeros, zeros, 1.0, None, torch.arange(9), impl=IMPL)
     keys = keys_of(zeros, zeros, 1.0, None, torch.arange(9))
     assert neg_t.tolist() == keys[0].argmax(1).tolist() == NEG_T
     assert neg_v.tolist() == keys[1].argmax(1).tolist() == NEG_V
@@ -93,6 +107,7 @@ NEG_T = [7, 2, 6, 0, 6, 8, 3, 8, 2]
 NEG_V = [4, 0, 4, 7, 0, 0, 3, 0, 5]
 
 
+@native_only
 @pytest.mark.parametrize("impl", ["native", "reference"])
 def test_the_distribution_is_softmax(impl):
     draws, batch, temperature = 6000, 6, 0.5
@@ -114,6 +129,7 @@ def test_the_distribution_is_softmax(impl):
         assert chi_square < freedom + 4.5 * (2 * freedom) ** 0.5
 
 
+@native_only
 def test_neighbouring_seeds_and_directions_are_independent():
     batch = 4096
     zeros, seeds = torch.zeros(batch, 1), torch.arange(batch)
@@ -126,7 +142,7 @@ def test_neighbouring_seeds_and_directions_are_independent():
 
 
 def test_rows_without_another_id():
-    for impl in ("native", "reference"):
+    for impl in (IMPL, "reference"):
         for batch, ids in ((1, None), (3, torch.full((3,), 9))):
             x, seeds = torch.randn(batch, 4), torch.arange(batch)
             for got in k.hard_negatives(x, x, 1.0, ids, seeds, impl=impl):
@@ -136,12 +152,13 @@ def test_rows_without_another_id():
             assert got.shape == (0,)
 
 
+@native_only
 def test_threads_do_not_change_a_bit(isa):
     inputs = random_inputs(700, 20, classes=300)
     results = []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        results.append(torch.stack(k.hard_negatives(**inputs, impl="native")))
+        results.append(torch.stack(k.hard_negatives(**inputs, impl=IMPL)))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
@@ -151,27 +168,28 @@ def test_strided_inputs_and_no_gradient():
         n: torch.stack([x, x], -1)[..., 0] if torch.is_tensor(x) else x for n, x in inputs.items()
     }
     strided["v"] = strided["v"].requires_grad_()
-    expected = k.hard_negatives(**inputs, impl="native")
-    for a, b in zip(k.hard_negatives(**strided, impl="native"), expected, strict=True):
+    expected = k.hard_negatives(**inputs, impl=IMPL)
+    for a, b in zip(k.hard_negatives(**strided, impl=IMPL), expected, strict=True):
         assert torch.equal(a, b)
         assert not a.requires_grad
 
 
 def test_opcheck_and_compile():
     inputs = random_inputs(20, 8, classes=9)
-    args = (*(inputs | {"temperature": torch.tensor(2.0)}).values(), "native")
+    args = (*(inputs | {"temperature": torch.tensor(2.0)}).values(), IMPL)
     for test in ("test_schema", "test_faketensor"):
         torch.library.opcheck(op._hard_negatives_draw, args, test_utils=test)
 
-    def native(v, t, ids, seeds):
-        return k.hard_negatives(v, t, 0.5, ids, seeds, impl="native")
+    def kernel(v, t, ids, seeds):
+        return k.hard_negatives(v, t, 0.5, ids, seeds, impl=IMPL)
 
     args = [inputs[n] for n in ("v", "t", "ids", "seeds")]
-    compiled = torch.compile(native, fullgraph=True, backend="aot_eager")
-    for a, b in zip(native(*args), compiled(*args), strict=True):
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
+    for a, b in zip(kernel(*args), compiled(*args), strict=True):
         assert torch.equal(a, b)
 
 
+@native_only
 @pytest.mark.parametrize("impl", ["native", "reference"])
 def test_bad_values(impl):
     inputs = random_inputs(4, 3)
@@ -204,4 +222,4 @@ def test_errors():
     raises(TypeError, "seeds must be int64, got torch.float32", seeds=seeds.float())
     raises(ValueError, r"seeds must be \[4\], got \[4, 1\]", seeds=seeds[:, None])
     raises(ValueError, "ids must be on cpu like v, got meta", ids=ids.to("meta"))
-    raises(RuntimeError, "implementation native cannot run", v=v.double(), impl="native")
+    raises(RuntimeError, f"implementation {IMPL} cannot run", v=v.double(), impl=IMPL)

@@ -5,6 +5,7 @@ import torch
 from compare import check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementation import IMPL, native_only
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
@@ -14,8 +15,8 @@ from iv2kernels.ops import mlp as op
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def native(**inputs):
-    return k.mlp(**inputs, impl="native")
+def kernel(**inputs):
+    return k.mlp(**inputs, impl=IMPL)
 
 
 def reference(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate="tanh"):
@@ -26,12 +27,13 @@ def reference(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate="tanh")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(52, 96, 384), (9, 17, 33), (6, 8, 8)])
 def test_matches_float64(isa, shape, dtype, approximate):
-    check(native, reference, bench.inputs(shape, dtype) | {"approximate": approximate}, bench.WRT)
+    check(kernel, reference, bench.inputs(shape, dtype) | {"approximate": approximate}, bench.WRT)
 
 
+@native_only
 def test_matches_float64_at_real_widths():
     for shape in ((417, 384, 1536), (17, 1408, 6144)):
-        check(native, reference, bench.inputs(shape, torch.bfloat16), bench.WRT)
+        check(kernel, reference, bench.inputs(shape, torch.bfloat16), bench.WRT)
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -42,29 +44,29 @@ def test_gelu_over_its_whole_range(isa, dtype, approximate):
     zero = torch.zeros(64, dtype=dtype)
     inputs = {"fc1_weight": one, "fc1_bias": zero, "fc2_weight": one, "fc2_bias": zero}
     inputs |= {"x": torch.linspace(-20, 20, 6400).view(100, 64).to(dtype)}
-    check(native, reference, inputs | {"approximate": approximate}, ["x", "fc1_bias"])
+    check(kernel, reference, inputs | {"approximate": approximate}, ["x", "fc1_bias"])
     inputs["x"] = torch.tensor([0.0, -0.0, 6e4, -6e4]).to(dtype).repeat(1, 16)
-    y = native(**inputs, approximate=approximate)
+    y = kernel(**inputs, approximate=approximate)
     expected = torch.tensor([0.0, 0.0, 6e4, 0.0]).repeat(1, 16)
     torch.testing.assert_close(y.float(), expected, atol=1e-6, rtol=5e-3)
 
 
 @pytest.mark.parametrize("wrt", [(), *((name,) for name in bench.WRT), ("x", "fc2_weight")])
 def test_partial_gradients(wrt):
-    check(native, reference, bench.inputs((20, 96, 128), torch.float32), wrt)
+    check(kernel, reference, bench.inputs((20, 96, 128), torch.float32), wrt)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(1, 70), st.integers(8, 100), st.integers(8, 200), st.sampled_from(DTYPES))
 def test_any_shape(rows, width, hidden, dtype):
-    check(native, reference, bench.inputs((rows, width, hidden), dtype), bench.WRT)
+    check(kernel, reference, bench.inputs((rows, width, hidden), dtype), bench.WRT)
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (2, 0), (2, 3, 10)])
 def test_any_leading_axes(lead):
     inputs = bench.inputs((5, 24, 40), torch.float32)
     inputs["x"] = torch.randn(*lead, 24)
-    expected, got = run(reference, inputs, bench.WRT), run(native, inputs, bench.WRT)
+    expected, got = run(reference, inputs, bench.WRT), run(kernel, inputs, bench.WRT)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], atol=1e-4, rtol=1e-4)
 
@@ -73,10 +75,10 @@ def test_strided_and_expanded_inputs():
     inputs = bench.inputs((5, 96, 128), torch.float32)
     inputs["x"] = torch.randn(96, 60).t()
     inputs["fc1_weight"] = inputs["fc1_weight"].t().contiguous().t()
-    check(native, reference, inputs, bench.WRT)
+    check(kernel, reference, inputs, bench.WRT)
     x = torch.randn(60, 96, requires_grad=True)
     inputs["x"] = x
-    (dx,) = torch.autograd.grad(native(**inputs).sum(), x)  # an expanded gradient
+    (dx,) = torch.autograd.grad(kernel(**inputs).sum(), x)  # an expanded gradient
     (expected,) = torch.autograd.grad(reference(**inputs).sum(), x)
     torch.testing.assert_close(dx, expected, atol=1e-5, rtol=1e-4)
 
@@ -84,16 +86,17 @@ def test_strided_and_expanded_inputs():
 def test_another_output_width():
     inputs = bench.inputs((20, 64, 64), torch.float32)
     inputs |= {"fc2_weight": torch.randn(24, 64) / 8, "fc2_bias": torch.randn(24)}
-    check(native, reference, inputs, bench.WRT)
+    check(kernel, reference, inputs, bench.WRT)
 
 
 def test_autocast_casts_like_torch():
     inputs = bench.inputs((20, 96, 128), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        check(native, reference, inputs, bench.WRT)
-        assert native(**inputs).dtype == torch.bfloat16
+        check(kernel, reference, inputs, bench.WRT)
+        assert kernel(**inputs).dtype == torch.bfloat16
 
 
+@native_only
 def test_threads_do_not_change_a_bit_of_the_bias_gradient(isa):
     # only there do sums of our own run over rows; the GEMMs are the library's
     inputs = bench.inputs((101, 96, 64), torch.float32)
@@ -103,7 +106,7 @@ def test_threads_do_not_change_a_bit_of_the_bias_gradient(isa):
     results = []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        results.append(run(native, inputs, ["x", "fc1_bias"]))
+        results.append(run(kernel, inputs, ["x", "fc1_bias"]))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
@@ -112,16 +115,16 @@ def test_opcheck_compile_and_checkpoint():
     inputs = bench.inputs((10, 24, 40), torch.float32)
     tests = ("test_schema", "test_faketensor")
     for save in (True, False):
-        args = (*inputs.values(), "tanh", save, "native")
+        args = (*inputs.values(), "tanh", save, IMPL)
         torch.library.opcheck(op._fwd, args, test_utils=tests)
     dy, z = torch.randn(10, 24), torch.randn(10, 40)
     weights = (inputs["fc1_weight"], inputs["fc2_weight"])
     for needs in ([True] * 5, [False] * 5):
-        args = (dy, inputs["x"], z, *weights, "none", needs, "native")
+        args = (dy, inputs["x"], z, *weights, "none", needs, IMPL)
         torch.library.opcheck(op._bwd, args, test_utils=tests)
-    expected = run(native, inputs, bench.WRT)
-    compiled = torch.compile(native, fullgraph=True, backend="aot_eager")
-    for f in (compiled, lambda **i: checkpoint(native, **i, use_reentrant=False)):
+    expected = run(kernel, inputs, bench.WRT)
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
+    for f in (compiled, lambda **i: checkpoint(kernel, **i, use_reentrant=False)):
         got = run(f, inputs, bench.WRT)
         assert all(torch.equal(expected[name], got[name]) for name in got)
 
@@ -129,7 +132,7 @@ def test_opcheck_compile_and_checkpoint():
 def test_double_backward_raises():
     inputs = bench.inputs((2, 8, 8), torch.float32)
     x = inputs["x"].requires_grad_()
-    (dx,) = torch.autograd.grad(native(**inputs).square().sum(), x, create_graph=True)
+    (dx,) = torch.autograd.grad(kernel(**inputs).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
@@ -152,5 +155,5 @@ def test_errors():
     half = inputs["fc2_weight"].bfloat16()
     raises(TypeError, r"fc2_weight must be torch.float32, like x, got torch.bf", fc2_weight=half)
     doubles = {name: value.double() for name, value in inputs.items()}
-    raises(RuntimeError, "native cannot run: native mlp", **doubles, impl="native")
+    raises(RuntimeError, f"{IMPL} cannot run: {IMPL} mlp", **doubles, impl=IMPL)
     assert k.mlp(**doubles).dtype == torch.float64

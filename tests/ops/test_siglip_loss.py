@@ -5,6 +5,7 @@ import torch
 from compare import check, check_or_close, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementation import IMPL, native_only
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -13,10 +14,11 @@ from bench.ops import siglip_loss as bench
 from iv2kernels.ops import siglip_loss as op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROWS = 300 if IMPL == "native" else 130  # of several tiles
 
 
-def native(**inputs):
-    return k.siglip_loss(**inputs, impl="native")
+def kernel(**inputs):
+    return k.siglip_loss(**inputs, impl=IMPL)
 
 
 def reference(v, t, scale, bias, ids=None):
@@ -24,29 +26,30 @@ def reference(v, t, scale, bias, ids=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(330, 64), (65, 93), (17, 512), (1, 33)])
+@pytest.mark.parametrize("shape", [(ROWS + 30, 64), (65, 93), (17, 512), (1, 33)])
 def test_matches_float64(isa, shape, dtype):
-    check(native, reference, bench.inputs(shape, dtype), bench.WRT)
+    check(kernel, reference, bench.inputs(shape, dtype), bench.WRT)
 
 
+@native_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_float64_at_a_real_size(dtype):
-    check(native, reference, bench.inputs((1024, 512), dtype), bench.WRT)
+    check(kernel, reference, bench.inputs((1024, 512), dtype), bench.WRT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distinct", [None, 1, 5, 100])
 def test_ids(isa, distinct, dtype):
-    inputs = bench.inputs((300, 40), dtype)
-    ids = None if distinct is None else 2**40 + torch.randint(distinct, (300,))
-    check(native, reference, inputs | {"ids": ids}, bench.WRT)
+    inputs = bench.inputs((ROWS, 40), dtype)
+    ids = None if distinct is None else 2**40 + torch.randint(distinct, (ROWS,))
+    check(kernel, reference, inputs | {"ids": ids}, bench.WRT)
 
 
 def test_ids_none_is_one_id_a_row():
     inputs = bench.inputs((70, 24), torch.float32)
-    without = run(native, inputs | {"ids": None}, bench.WRT)
+    without = run(kernel, inputs | {"ids": None}, bench.WRT)
     for ids in (torch.arange(70), torch.arange(70, dtype=torch.int32).flip(0)):
-        given_ids = run(native, inputs | {"ids": ids}, bench.WRT)
+        given_ids = run(kernel, inputs | {"ids": ids}, bench.WRT)
         assert all(torch.equal(without[name], given_ids[name]) for name in without)
 
 
@@ -54,13 +57,13 @@ def test_ids_none_is_one_id_a_row():
     ("scale", "bias"), [(100.0, -5.0), (-3.0, 20.0), (0.0, 0.0), (40.0, -90.0)]
 )
 def test_logits_of_any_size(isa, scale, bias):
-    inputs = bench.inputs((280, 64), torch.float32)
+    inputs = bench.inputs((ROWS - 20, 64), torch.float32)
     inputs |= {"scale": torch.tensor(scale), "bias": torch.tensor(bias)}
-    check(native, reference, inputs, bench.WRT)
+    check(kernel, reference, inputs, bench.WRT)
 
 
 def test_no_rows():
-    results = run(native, bench.inputs((0, 8), torch.float32), bench.WRT)
+    results = run(kernel, bench.inputs((0, 8), torch.float32), bench.WRT)
     assert results["output 0"].isnan()
     assert results["dv"].shape == results["dt"].shape == (0, 8)
 
@@ -68,20 +71,20 @@ def test_no_rows():
 def test_nan_is_not_hidden(isa):
     inputs = bench.inputs((90, 32), torch.float32)
     inputs["t"][70, 3] = torch.nan
-    results = run(native, inputs, bench.WRT)
+    results = run(kernel, inputs, bench.WRT)
     assert all(results[name].isnan().any() for name in results)
 
 
 @pytest.mark.parametrize("wrt", [(), ("v",), ("t",), ("scale",), ("bias",), ("t", "bias")])
 def test_partial_gradients(wrt):
-    check(native, reference, bench.inputs((70, 24), torch.float32), wrt)
+    check(kernel, reference, bench.inputs((70, 24), torch.float32), wrt)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 400), st.integers(1, 150), st.sampled_from(DTYPES))
+@settings(max_examples=25 if IMPL == "native" else 6, deadline=None)
+@given(st.integers(1, ROWS + 100), st.integers(1, 150), st.sampled_from(DTYPES))
 def test_any_shape(rows, width, dtype):
     inputs = bench.inputs((rows, width), dtype)
-    check_or_close(native, reference, inputs, bench.WRT, rows >= 32 and width >= 16)
+    check_or_close(kernel, reference, inputs, bench.WRT, rows >= 32 and width >= 16)
 
 
 def test_strided_inputs():
@@ -89,40 +92,49 @@ def test_strided_inputs():
     inputs["v"] = inputs["v"].t().contiguous().t()
     inputs["t"] = torch.nn.functional.normalize(torch.randn(32), dim=0).expand(70, 32)
     inputs["ids"] = inputs["ids"].repeat_interleave(2)[::2]
-    check(native, reference, inputs, bench.WRT)
+    check(kernel, reference, inputs, bench.WRT)
 
 
+@native_only
 def test_threads_do_not_change_a_bit(isa):
     inputs = bench.inputs((600, 72), torch.bfloat16)
     results = []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        results.append(run(native, inputs, bench.WRT))
+        results.append(run(kernel, inputs, bench.WRT))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
+@native_only
 def test_no_matrix_of_all_pairs():
     rows = 3000
     inputs = bench.inputs((rows, 32), torch.float32)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run(native, inputs, bench.WRT)
+        run(kernel, inputs, bench.WRT)
     largest = max(event.self_cpu_memory_usage for event in recorded.events())
     assert 4 * 256 * rows < largest < rows * rows
+
+
+@pytest.mark.skipif(IMPL != "triton", reason="about the strips of Triton's kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strips(monkeypatch, dtype):
+    monkeypatch.setattr("iv2kernels.triton.pair_tiles.GRADIENT_STRIP", 64)
+    check(kernel, reference, bench.inputs((ROWS, 40), dtype), bench.WRT)
 
 
 def test_opcheck_compile_and_checkpoint():
     inputs = bench.inputs((5, 16), torch.float32)
     v, t, scale, bias, ids = (inputs[n] for n in ("v", "t", "scale", "bias", "ids"))
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(op._fwd, (v, t, scale, bias, ids, "native"), test_utils=utils)
-    _, labels = op._fwd(v, t, scale, bias, ids, "native")
+    torch.library.opcheck(op._fwd, (v, t, scale, bias, ids, IMPL), test_utils=utils)
+    _, labels = op._fwd(v, t, scale, bias, ids, IMPL)
     for needs in ([True, True], [False, True]):
-        args = (torch.tensor(0.5), v, t, scale, bias, labels, needs, "native")
+        args = (torch.tensor(0.5), v, t, scale, bias, labels, needs, IMPL)
         torch.library.opcheck(op._bwd, args, test_utils=utils)
-    expected = run(native, inputs, bench.WRT)
-    compiled = torch.compile(native, fullgraph=True, backend="aot_eager")
-    for f in (compiled, lambda **i: checkpoint(native, **i, use_reentrant=False)):
+    expected = run(kernel, inputs, bench.WRT)
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
+    for f in (compiled, lambda **i: checkpoint(kernel, **i, use_reentrant=False)):
         got = run(f, inputs, bench.WRT)
         assert all(torch.equal(expected[name], got[name]) for name in got)
 
@@ -130,7 +142,7 @@ def test_opcheck_compile_and_checkpoint():
 def test_double_backward_raises():
     inputs = bench.inputs((4, 8), torch.float32)
     v = inputs["v"].requires_grad_()
-    (dv,) = torch.autograd.grad(native(**inputs).square(), v, create_graph=True)
+    (dv,) = torch.autograd.grad(kernel(**inputs).square(), v, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dv.sum().backward()
 
@@ -154,4 +166,4 @@ def test_errors():
     raises(TypeError, "t must be torch.float32, got torch.bfloat16", t=t.bfloat16())
     raises(TypeError, "ids must be int32 or int64, got torch.float32", ids=ids.float())
     doubles = {"v": v.double(), "t": t.double()}
-    raises(RuntimeError, "native cannot run: native siglip_loss", **doubles, impl="native")
+    raises(RuntimeError, f"{IMPL} cannot run: {IMPL} siglip_loss", **doubles, impl=IMPL)
