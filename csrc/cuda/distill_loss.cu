@@ -117,8 +117,11 @@ __device__ __forceinline__ void row_grads(const DistillLossFwd& a, Row<X, T, N, 
   });
 }
 
+// The blocks that a multiprocessor holds at least are stated: left to itself, the assembler spills
+// a register or two to make room for one more.
 template <class X, class T, int N, int K>
-__global__ void __launch_bounds__(kRowThreads<K>) fwd_kernel(const DistillLossFwd a, float factor) {
+__global__ void __launch_bounds__(kRowThreads<K>, K == 2 ? 1 : 3)
+    fwd_kernel(const DistillLossFwd a, float factor) {
   IV2_SHARED(Part, parts, [1]);
   const int64_t index = blockIdx.x, chunks = gridDim.x, stride = chunks * a.dim;
   float* chunk = a.scratch + index * a.dim;

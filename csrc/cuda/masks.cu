@@ -84,7 +84,8 @@ __device__ __forceinline__ Bound find_bound(const uint32_t* keys, int64_t tokens
   return bound;
 }
 
-__global__ void __launch_bounds__(kThreads) draw_kernel(const MasksDraw a) {
+// Four blocks a multiprocessor: for a fifth the assembler would spill.
+__global__ void __launch_bounds__(kThreads, 4) draw_kernel(const MasksDraw a) {
   IV2_SHARED(int32_t, part, [kWarps]);
   IV2_SHARED(int32_t, bins, [kBins]);
   IV2_SHARED(Bound, found, [1]);

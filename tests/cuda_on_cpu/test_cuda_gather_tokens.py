@@ -84,11 +84,11 @@ def test_order_of_threads_does_not_change_a_bit(use):
 @pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
 def test_under_sanitizers(use, sanitizer):
     use(Kernels(sanitizer, order="random"))
-    for shape in SHAPES[:2]:
+    for shape in ((2, 2, 3, 4, 264), (1, 2, 5, 7, 37)):
         inputs, wrt = example(shape, torch.bfloat16)
         check(native, op.reference, inputs, wrt)
-    inputs, wrt = example((2, 2, 12, 7, 16), torch.float32, add=False)
-    inputs["x"] = torch.randn(2, 24, 16)[:, ::2]
+    inputs, wrt = example((2, 2, 4, 5, 16), torch.float32, add=False)
+    inputs["x"] = torch.randn(2, 8, 16)[:, ::2]
     check(native, op.reference, inputs, wrt)
 
 

@@ -101,8 +101,9 @@ def test_an_index_out_of_range_gives_nan(on_cpu):
 @pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
 def test_under_sanitizers(use, sanitizer):
     use(Kernels(sanitizer, order="random"))
-    for sizes in ({}, {"tubelet": 1, "patch": 14, "width": 48}):
-        inputs = example(torch.bfloat16, **sizes)
+    few = {"batch": 1, "keep": 2}
+    for sizes in ({"grid": (1, 2, 2)}, {"grid": (1, 1, 3), "tubelet": 1, "patch": 14, "width": 48}):
+        inputs = example(torch.bfloat16, **few, **sizes)
         check(native, reference, inputs, ALL)
         check(native, reference, as_bytes(inputs), bench.WRT)
 
