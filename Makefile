@@ -32,9 +32,10 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
-# The Triton kernels compiled for each GPU, none needed, and held to tests/gates/budgets.json.
+# The kernels compiled for each GPU, none needed, and held to the budgets in tests/gates.
 gates: $(VENV)/installed
 	$(BIN)/python -m tests.gates
+	$(BIN)/python -m tests.gates.cuda_resources
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench
