@@ -257,13 +257,13 @@ def _terms(
     (rows, dim), columns, tile = v.shape, len(t), tile_of(v.dtype)
     temperature = temperature.to(v.device)
     most = min(rows, STRIP)
-    across, down = tile.grid(most, columns)
+    down, across = tile.blocks(most, columns)
     row_terms = torch.empty(4, rows, dtype=torch.float32, device=v.device)
     row_parts = row_terms.new_empty(across, 4, most)
     column_parts = row_terms.new_empty(1 + down, 3, columns)
     for strip in strips(rows, STRIP):
         own = v[strip]
-        grid = tile.grid(len(own), columns)
+        grid = tile.blocks(len(own), columns)[::-1]
         _contrastive_loss_fwd_kernel[grid](
             own,
             t,
@@ -275,12 +275,7 @@ def _terms(
             len(own),
             columns,
             D=dim,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            enable_fp_fusion=True,
+            **tile.options(),
         )
         _join(row_parts, row_terms[:, strip], 0, grid[0])
         _join(column_parts, column_parts[0], 0 if strip.start else 1, 1 + grid[1])
@@ -355,7 +350,7 @@ def _gradients(
     tile, sums = grads.tile, []
     for strip in grads.strips:
         own = v[strip]
-        grid = tile.grid(len(own), columns)
+        grid = tile.blocks(len(own), columns)[::-1]
         sums.append(torch.empty(grid[0] * grid[1], dtype=torch.float32, device=v.device))
         _contrastive_loss_bwd_kernel[grid](
             own,
@@ -375,13 +370,8 @@ def _gradients(
             *grads.strides,
             D=dim,
             RAISE=grads.raised,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
             # with fewer, what both softmaxes need does not fit in registers
-            num_warps=2 * tile.warps,
-            num_stages=tile.stages,
-            enable_fp_fusion=True,
+            **tile._replace(warps=2 * tile.warps).options(),
         )
         grads.add(strip)
     # s = g scale, and the sum is of ds s

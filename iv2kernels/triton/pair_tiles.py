@@ -16,12 +16,13 @@ float32, which is multiplied in full precision, the other cores.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from iv2kernels.triton.gemm import Tile
 
 # Rows of a strip, whole tiles: enough tiles to fill a GPU.
 STRIP = 4096
@@ -29,20 +30,6 @@ STRIP = 4096
 GRADIENT_STRIP = 2048
 # Multiplies a 16-bit dG, whose numbers are at most 2: small ones stay in float16's range.
 _RAISE = 2.0**14
-
-
-class Tile(NamedTuple):
-    """A tile of G, and how a program goes about it."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-
-    def grid(self, rows: int, columns: int) -> tuple[int, int]:
-        """Tiles side by side first."""
-        return triton.cdiv(columns, self.block_n), triton.cdiv(rows, self.block_m)
 
 
 def tile_of(dtype: torch.dtype) -> Tile:
@@ -207,8 +194,8 @@ class PairGradients:
             height, width = (
                 triton.cdiv(size, block) * block
                 for size, block in (
-                    (min(rows, GRADIENT_STRIP), self.tile.block_m),
-                    (columns, self.tile.block_n),
+                    (min(rows, GRADIENT_STRIP), self.tile.m),
+                    (columns, self.tile.n),
                 )
             )
             self.dg = v.new_empty(1 if v.dtype == torch.float32 else 2, height, width)
@@ -229,9 +216,9 @@ class PairGradients:
     def _multiply(
         self, x: Tensor, out: Tensor, sums: Tensor | None, transposed: bool, first: bool, last: bool
     ) -> None:
-        rows, block_m, block_k = len(out), 64, 32
-        block_n, stages = (64, 3) if x.dtype == torch.float32 else (128, 4)
-        _pair_gradients_kernel[(triton.cdiv(self._dim, block_n), triton.cdiv(rows, block_m))](
+        rows = len(out)
+        tile = Tile(64, 64, 32, 4, 3) if x.dtype == torch.float32 else Tile(64, 128, 32, 4, 4)
+        _pair_gradients_kernel[tile.blocks(rows, self._dim)[::-1]](
             self.dg,
             x,
             self._factor,
@@ -245,10 +232,5 @@ class PairGradients:
             FIRST=first,
             LAST=last,
             RAISE=self.raised,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_warps=4,
-            num_stages=stages,
-            enable_fp_fusion=True,
+            **tile.options(),
         )

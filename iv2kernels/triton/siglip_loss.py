@@ -112,7 +112,7 @@ def siglip_loss_fwd(
     if rows == 0:
         return torch.full((), torch.nan, device=v.device), labels
     tile = tile_of(v.dtype)
-    grid = tile.grid(rows, rows)
+    grid = tile.blocks(rows, rows)[::-1]
     sums = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=v.device)
     _siglip_loss_fwd_kernel[grid](
         v.contiguous(),
@@ -124,12 +124,7 @@ def siglip_loss_fwd(
         rows,
         rows,
         D=dim,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,
+        **tile.options(),
     )
     return sums.sum(dtype=torch.float64).div(rows).float(), labels
 
@@ -155,7 +150,7 @@ def siglip_loss_bwd(
     tile, sums = grads.tile, []
     for strip in grads.strips:
         own = grads.v[strip]
-        grid = tile.grid(len(own), rows)
+        grid = tile.blocks(len(own), rows)[::-1]
         sums.append(torch.empty(grid[0] * grid[1], 2, dtype=torch.float32, device=v.device))
         _siglip_loss_bwd_kernel[grid](
             own,
@@ -171,12 +166,7 @@ def siglip_loss_bwd(
             *grads.strides,
             D=dim,
             RAISE=grads.raised,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            enable_fp_fusion=True,
+            **tile.options(),
         )
         grads.add(strip)
     total = torch.cat(sums).sum(0, dtype=torch.float64) * to_s
