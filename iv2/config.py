@@ -289,6 +289,8 @@ class Stage3Config:
     audio_init: str = ""
     # Weights of the Q-Former with its queries, norm and projection: of another stage 3.
     qformer_init: str = ""
+    # Weights of the language model: of another stage 3.
+    lm_init: str = ""
     # Weights of another stage 3 whole: of a run, or a published file.
     chat_init: str = ""
 
@@ -387,6 +389,7 @@ FREE_FIELDS = frozenset(
         "stage3.vision_init",
         "stage3.audio_init",
         "stage3.qformer_init",
+        "stage3.lm_init",
         "stage3.chat_init",
     }
 )

@@ -26,7 +26,7 @@ from iv2.data.decode import probe as probe_video
 from iv2.data.loader import Batches, VideoDataset
 from iv2.data.synthetic import write_toyworld
 from iv2.demo_stage2 import DEMO2, LEARN2, Budget2
-from iv2.demo_stage3 import LEARN3, Budget3
+from iv2.demo_stage3 import DEMO3, LEARN3, Budget3
 from iv2.eval.classify import probe
 from iv2.eval.features import extract, ordered_batches, without_chance
 from iv2.models.vision import VisionEncoder
@@ -37,8 +37,7 @@ from iv2.train import run as train_run
 from iv2kernels import _C
 
 ATTRIBUTES = ("motion", "colour", "background", "shape")
-# Clips that the probes learn from, and clips of another seed that they are tested on.
-_PROBE_CLIPS, _HELD_OUT = 1500, 512
+_HELD_OUT = 512  # clips of another seed, on which the probes are tested
 _PROBE_STEPS = 300  # of the attentive probe
 
 
@@ -54,6 +53,7 @@ class Budget:
     single_teachers: bool  # students with one teacher only, too
     goals: dict[str, float]  # accuracy, or margin over the random encoder, of the stage-1 student
     goal_is_margin: bool
+    probe_clips: int  # that the probes learn from
     speed_rounds: int
     stage2: Budget2 | None = None
     stage3: Budget3 | None = None  # it starts from stage 2
@@ -64,20 +64,32 @@ class Budget:
 
 
 DEMO = Budget(
-    clips=2000,
-    image_teacher_steps=550,
-    video_teacher_steps=750,
-    stage1_steps=1200,
+    clips=1500,
+    image_teacher_steps=300,
+    video_teacher_steps=450,
+    stage1_steps=600,
     supervised_steps=0,
     single_teachers=False,
     goals={"motion": 0.15, "background": 0.10},
     goal_is_margin=True,
-    speed_rounds=2,
+    probe_clips=800,
+    speed_rounds=1,
     stage2=DEMO2,
+    stage3=DEMO3,
+)
+# A short stage 1, and a short stage 2, are what later stages start from.
+_BEFORE = replace(
+    DEMO,
+    clips=2000,
+    image_teacher_steps=550,
+    video_teacher_steps=750,
+    stage1_steps=1200,
+    probe_clips=1500,
+    stage3=None,
 )
 LEARN: dict[int, Budget] = {
     1: replace(
-        DEMO,
+        _BEFORE,
         clips=6000,
         image_teacher_steps=1500,
         video_teacher_steps=2500,
@@ -89,17 +101,12 @@ LEARN: dict[int, Budget] = {
         goal_is_margin=False,
         stage2=None,
     ),
-    # A short stage 1, as in the demo, is what stage 2 starts from.
-    2: replace(
-        DEMO,
-        image_teacher_steps=600,
-        video_teacher_steps=800,
-        stage1_steps=1300,
-        speed_rounds=1,
-        stage2=LEARN2,
+    2: replace(_BEFORE, stage2=LEARN2),
+    3: replace(
+        _BEFORE,
+        stage2=replace(DEMO2, clips=2000, speech_steps=220, steps=150),
+        stage3=LEARN3,
     ),
-    # So are a short stage 1 and a short stage 2 for stage 3.
-    3: replace(DEMO, speed_rounds=1, stage2=replace(DEMO2, steps=500), stage3=LEARN3),
 }
 
 
@@ -117,7 +124,10 @@ def run(budget: Budget, out: Path) -> Path:
     if budget.supervised_steps:
         students["supervised"] = _supervised(budget, out, world)
         _train(out, students["supervised"])
-    probes = _once(out / "probes.json", lambda: _probe_all(students, world, held_out))
+    probes = _once(
+        out / "probes.json",
+        lambda: _probe_all(students, world, held_out, budget.probe_clips),
+    )
     steps = _once(out / "speed.json", lambda: _speed(budget.speed_rounds))
     second = third = None
     if budget.stage2 is not None:
@@ -252,10 +262,10 @@ def _encoder(name: str, students: dict[str, TrainConfig]) -> VisionEncoder:
 
 
 def _probe_all(
-    students: dict[str, TrainConfig], world: Path, held_out: Path
+    students: dict[str, TrainConfig], world: Path, held_out: Path, clips: int
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Accuracy by encoder, probe and attribute."""
-    train, test = read_list(world)[:_PROBE_CLIPS], read_list(held_out)
+    train, test = read_list(world)[:clips], read_list(held_out)
     clip = RECIPES["supervised-tiny"].data.clip
     # Decoded once; each encoder sees the same.
     learning, judging = (list(ordered_batches(s, clip, 64)) for s in (train, test))

@@ -44,7 +44,7 @@ class Budget2:
     goal: float
 
 
-DEMO2 = Budget2(clips=2000, speech_steps=220, steps=150, batch_size=64, separate_steps=0, goal=20.0)
+DEMO2 = Budget2(clips=1500, speech_steps=180, steps=90, batch_size=64, separate_steps=0, goal=20.0)
 LEARN2 = Budget2(
     clips=4000, speech_steps=300, steps=700, batch_size=64, separate_steps=250, goal=70.0
 )

@@ -37,6 +37,8 @@ class Budget3:
     """How much is trained."""
 
     clips: int
+    # Of the language model alone, reading captions in the place of videos.
+    text_steps: int
     steps: int
     batch_size: int
     # Also from random encoders, with choices, and the goal is the accuracy itself.
@@ -45,8 +47,8 @@ class Budget3:
     goal: float
 
 
-DEMO3 = Budget3(clips=2000, steps=800, batch_size=32, compare=False, goal=15.0)
-LEARN3 = Budget3(clips=4000, steps=3000, batch_size=32, compare=True, goal=85.0)
+DEMO3 = Budget3(clips=1500, text_steps=250, steps=200, batch_size=32, compare=False, goal=15.0)
+LEARN3 = Budget3(clips=4000, text_steps=1000, steps=1300, batch_size=32, compare=True, goal=85.0)
 
 
 def world(budget: Budget3, out: Path) -> Path:
@@ -58,28 +60,32 @@ def world(budget: Budget3, out: Path) -> Path:
 def configs(
     budget: Budget3, out: Path, folder: Path, stage2_weights: str, precision: str
 ) -> dict[str, TrainConfig]:
-    """The runs: from the towers of stage 2, and, if asked for, from random ones."""
-    base = RECIPES["stage3-tiny"]
-    starts = {"stage3": stage2_weights}
-    if budget.compare:
-        starts["stage3-random"] = ""
-    return {
-        name: replace(
+    """The runs in order: the language model, then all of it from stage 2, or from random towers."""
+
+    def sized(recipe: str, name: str, steps: int, **stage3: Any) -> TrainConfig:
+        base = RECIPES[recipe]
+        lm = replace(base.stage3.lm, folder=str(folder))
+        return replace(
             base,
             run_dir=str(out / name),
             precision=precision,  # type: ignore[arg-type]
-            data=replace(base.data, path=str(folder), batch_size=budget.batch_size),
-            optim=replace(base.optim, steps=budget.steps, warmup_steps=budget.steps // 10),
-            stage3=replace(
-                base.stage3,
-                lm=replace(base.stage3.lm, folder=str(folder)),
-                vision_init=start,
-                audio_init=start,
-            ),
+            data=replace(base.data, path=str(folder)),
+            optim=replace(base.optim, steps=steps, warmup_steps=steps // 10),
+            stage3=replace(base.stage3, lm=lm, **stage3),
             save_every=250,
         )
-        for name, start in starts.items()
-    }
+
+    starts = {"stage3": stage2_weights}
+    if budget.compare:
+        starts["stage3-random"] = ""
+    runs = {"stage3-text": sized("stage3-tiny-text", "stage3-text", budget.text_steps)}
+    reads = str(out / "stage3-text" / "model.safetensors")
+    for name, start in starts.items():
+        run = sized(
+            "stage3-tiny", name, budget.steps, vision_init=start, audio_init=start, lm_init=reads
+        )
+        runs[name] = replace(run, data=replace(run.data, batch_size=budget.batch_size))
+    return runs
 
 
 def run(

@@ -229,7 +229,8 @@ def build_stage(
         if config.init:
             raise ValueError(
                 "train: init must be empty for stage stage3, whose files are stage3.vision_init, "
-                f"stage3.qformer_init and stage3.chat_init, got {config.init}"
+                "stage3.audio_init, stage3.qformer_init, stage3.lm_init and stage3.chat_init, "
+                f"got {config.init}"
             )
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         own, sound = config.stage3, config.audio

@@ -1,7 +1,8 @@
 """Questions on toy clips with their answers: conversations to train on, and held-out questions.
 
-A training clip gives a conversation on what is seen and one on what is heard as well, each with
-several rounds; a quarter of the rounds offer choices. A held-out clip gives one question a row,
+A training clip gives short conversations on what is seen, on what is seen and heard, and on a
+caption that stands where the video would: from those a language model learns to read before there
+is anything to see. A quarter of the rounds offer choices. A held-out clip gives one question a row,
 some of them in wordings, and on pairs of shape and colour, that training does not have.
 """
 
@@ -42,9 +43,10 @@ from iv2.data.toy_words import (
     vocabulary,
     wordings,
 )
+from iv2.models.language import VIDEO_END, VIDEO_START
 
 # Raised whenever the same arguments would give other clips or questions.
-VERSION = 2
+VERSION = 3
 QUESTION_KINDS = (
     *("shape", "colour", "motion", "heard", "said"),
     *("how_many", "before_after", "yes_no", "caption"),
@@ -64,6 +66,10 @@ _VALUES = {
     "sound": SOUNDS,
     "word": SPOKEN,
 }
+# Rounds of a conversation, at most: of two on one thing the second is answered from the first.
+_ROUNDS = 3
+# Part of the captions that is asked for: one has more tokens than all other answers on a clip.
+_CAPTIONS = 0.25
 _STREAM = 21  # keeps these draws apart from those of the clips
 # Held-out clips are those of another seed.
 _HELD_OUT_SEED = 0x68656C64
@@ -285,25 +291,44 @@ def caption(
 
 
 def train_rows(scene: Scene, path: str, seed: int, index: int) -> dict[str, list[dict[str, Any]]]:
-    """The conversations on a training clip, by kind of media: what is seen; what is heard too."""
+    """The conversations on a training clip, by kind of media.
+
+    Returns:
+        `video`: on what is seen; `audio_video`: on what is heard, too; `text`: on as much, with a
+        caption in the video's place.
+    """
     asked = ask(scene, seed, index)
     rng = _rng(seed, _STREAM + 2, index)
     rows: dict[str, list[dict[str, Any]]] = {}
-    for kind in ("video", "audio_video"):
-        messages, kinds = [], []
-        for one in asked:
-            if one.sound != (kind == "audio_video"):
-                continue
-            question, answer = one.question, one.answer
-            if rng.random() < 0.25 and one.choices:
-                question = choice_prompt(question, one.choices)
-                answer = choice_answer(answer, one.choices)
-            messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": answer})
-            kinds.append(one.kind)
-        about = {"attributes": scene.attributes, "question_kinds": kinds}
-        rows[kind] = [{"path": path, "kind": kind, "messages": messages, **about}]
+    for kind in ("video", "audio_video", "text"):
+        some = [one for one in asked if kind != "video" or not one.sound]
+        some = [one for one in some if one.kind != "caption" or rng.random() < _CAPTIONS]
+        count = -(-len(some) // _ROUNDS)
+        rows[kind] = []
+        for nth in range(count):
+            part = some[nth::count]
+            about = {"attributes": scene.attributes, "question_kinds": [one.kind for one in part]}
+            messages = _messages(part, rng)
+            row = {"path": path, "kind": kind, "messages": messages, **about}
+            if kind == "text":
+                del row["path"]
+                told = caption(scene, True, rng)[0]
+                first = messages[0]
+                first["content"] = f"{VIDEO_START}{told}{VIDEO_END}\n{first['content']}"
+            rows[kind].append(row)
     return rows
+
+
+def _messages(rounds: Sequence[Asked], rng: np.random.Generator) -> list[dict[str, str]]:
+    messages = []
+    for one in rounds:
+        question, answer = one.question, one.answer
+        if rng.random() < 0.25 and one.choices:
+            question = choice_prompt(question, one.choices)
+            answer = choice_answer(answer, one.choices)
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
 
 
 def held_out_rows(scene: Scene, path: str, seed: int, index: int) -> list[dict[str, Any]]:
@@ -370,7 +395,8 @@ def write_questions(
         The path of `list.jsonl`: the training clips with `path`, `captions` (visual and av) and
         `attributes` (layout, shapes, events, background, tone, and word where one is spoken).
         Beside it are `instructions.jsonl` (conversations on what is seen),
-        `instructions-sound.jsonl` (on what is heard), `instructions-text.jsonl` (without a clip),
+        `instructions-sound.jsonl` (and heard), `instructions-described.jsonl` (on captions in the
+        place of clips), `instructions-text.jsonl` (on words alone),
         `held-out.jsonl` (one question a row, of `question_kind`, with `answer`, `choices`,
         `phrasing` and `combination`, both "seen" in training or "new") and `vocab.txt`.
 
@@ -413,6 +439,7 @@ def write_questions(
         rows = train_rows(scene, name, own, index)
         lists.setdefault("instructions", []).extend(rows["video"])
         lists.setdefault("instructions-sound", []).extend(rows["audio_video"])
+        lists.setdefault("instructions-described", []).extend(rows["text"])
         rng = _rng(seed, _STREAM + 3, index)
         texts = {kind: caption(scene, kind == "av", rng)[0] for kind in ("visual", "av")}
         row = {"path": name, "captions": texts, "attributes": scene.attributes}

@@ -121,112 +121,315 @@ def captions(attributes: dict[str, str], rng: np.random.Generator) -> dict[str, 
 # one, else a word that tells which.
 QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "shape": (
-        ("which shape is it?", "what shape do you see?", "name the shape."),
-        ("what is the shape in the video?", "which shape do you see?"),
+        (
+            "which shape is it?",
+            "what shape do you see?",
+            "name the shape.",
+            "what is the shape?",
+            "which is the shape?",
+            "what shape is in the video?",
+            "tell the shape that you see.",
+        ),
+        (
+            "what is the shape in the video?",
+            "which shape do you see?",
+        ),
     ),
     "shape of a colour": (
         (
             "which shape is {colour}?",
             "what is the {colour} shape?",
             "what {colour} shape is there?",
+            "tell the shape that is {colour}.",
+            "what shape is {colour}?",
+            "which is the {colour} shape in the video?",
         ),
-        ("name the {colour} shape.", "which {colour} shape do you see?"),
+        (
+            "name the {colour} shape.",
+            "which {colour} shape do you see?",
+        ),
     ),
     "colour": (
         (
             "what colour is the {subject}?",
             "which colour has the {subject}?",
             "name the colour of it.",
+            "what is its colour, the {subject}?",
+            "tell the colour of the {subject}.",
+            "what colour do you see in the {subject}?",
         ),
-        ("what is the colour of the {subject}?", "name the colour of the {subject}."),
+        (
+            "what is the colour of the {subject}?",
+            "name the colour of the {subject}.",
+        ),
     ),
     "colour of a shape": (
         (
             "what colour is the {subject}?",
             "which colour has the {subject}?",
             "which colour do you see in the {subject}?",
+            "name the colour of it, the {subject}.",
+            "tell the colour of the {subject}.",
+            "what is its colour, the {subject}?",
         ),
-        ("what is the colour of the {subject}?", "name the colour of the {subject}."),
+        (
+            "what is the colour of the {subject}?",
+            "name the colour of the {subject}.",
+        ),
     ),
     "motion": (
         (
             "how does the {subject} move?",
             "what does the {subject} do?",
             "how is the {subject} moving?",
+            "what is its motion, the {subject}?",
+            "tell how the {subject} is moving.",
+            "which motion do you see of the {subject}?",
+            "tell the motion of the {subject}.",
         ),
-        ("what is the motion of the {subject}?", "name the motion of the {subject}."),
+        (
+            "what is the motion of the {subject}?",
+            "name the motion of the {subject}.",
+        ),
     ),
     "heard": (
-        ("what do you hear?", "which sound is heard?", "name the sound in the video."),
-        ("what is the sound in the video?", "which sound do you hear?"),
+        (
+            "what do you hear?",
+            "which sound is heard?",
+            "name the sound in the video.",
+            "what sound do you hear?",
+            "what is heard?",
+            "which is the sound that you hear?",
+            "tell the sound in the video.",
+        ),
+        (
+            "what is the sound in the video?",
+            "which sound do you hear?",
+        ),
     ),
     "said": (
-        ("which word is said?", "what word do you hear?", "name the word that is said."),
-        ("what is the word that is said?", "which word do you hear?"),
+        (
+            "which word is said?",
+            "what word do you hear?",
+            "name the word that is said.",
+            "tell the word that is said.",
+            "which word is heard?",
+            "what word is said in the video?",
+            "what is the word that you hear?",
+        ),
+        (
+            "what is the word that is said?",
+            "which word do you hear?",
+        ),
     ),
     "how_many": (
-        ("how many shapes are there?", "how many shapes do you see?", "name the number of shapes."),
-        ("how many shapes are in the video?", "what is the number of shapes?"),
+        (
+            "how many shapes are there?",
+            "how many shapes do you see?",
+            "name the number of shapes.",
+            "what number of shapes do you see?",
+            "tell the number of shapes.",
+            "how many shapes do you see in it?",
+            "which is the number of shapes in it?",
+        ),
+        (
+            "how many shapes are in the video?",
+            "what is the number of shapes?",
+        ),
     ),
     "first motion": (
-        ("what does the shape do first?", "what is the first motion?"),
-        ("how does the shape move first?", "name the first motion."),
+        (
+            "what does the shape do first?",
+            "what is the first motion?",
+            "which motion is the first?",
+            "how is the shape moving first?",
+            "tell the first motion.",
+            "name the motion that is first.",
+        ),
+        (
+            "how does the shape move first?",
+            "name the first motion.",
+        ),
     ),
     "last motion": (
-        ("what does the shape do last?", "what is the last motion?"),
-        ("how does the shape move last?", "name the last motion."),
+        (
+            "what does the shape do last?",
+            "what is the last motion?",
+            "which motion is the last?",
+            "how is the shape moving last?",
+            "tell the last motion.",
+            "name the motion that is last.",
+        ),
+        (
+            "how does the shape move last?",
+            "name the last motion.",
+        ),
     ),
     "motion after": (
-        ("what does the shape do after {motion}?", "after {motion}, how does the shape move?"),
-        ("how does the shape move after {motion}?", "name the motion after {motion}."),
+        (
+            "what does the shape do after {motion}?",
+            "after {motion}, how does the shape move?",
+            "what is the motion after {motion}?",
+            "tell the motion after {motion}.",
+            "how is the shape moving after {motion}?",
+        ),
+        (
+            "how does the shape move after {motion}?",
+            "name the motion after {motion}.",
+        ),
     ),
     "motion before": (
-        ("what does the shape do before {motion}?", "before {motion}, how does the shape move?"),
-        ("how does the shape move before {motion}?", "name the motion before {motion}."),
+        (
+            "what does the shape do before {motion}?",
+            "before {motion}, how does the shape move?",
+            "what is the motion before {motion}?",
+            "tell the motion before {motion}.",
+            "how is the shape moving before {motion}?",
+        ),
+        (
+            "how does the shape move before {motion}?",
+            "name the motion before {motion}.",
+        ),
     ),
     "first sound": (
-        ("what do you hear first?", "what is the first sound?"),
-        ("which sound is heard first?", "name the first sound."),
+        (
+            "what do you hear first?",
+            "what is the first sound?",
+            "which sound is the first?",
+            "what is heard first?",
+            "tell the first sound.",
+            "name the sound that is first.",
+        ),
+        (
+            "which sound is heard first?",
+            "name the first sound.",
+        ),
     ),
     "last sound": (
-        ("what do you hear last?", "what is the last sound?"),
-        ("which sound is heard last?", "name the last sound."),
+        (
+            "what do you hear last?",
+            "what is the last sound?",
+            "which sound is the last?",
+            "what is heard last?",
+            "tell the last sound.",
+            "name the sound that is last.",
+        ),
+        (
+            "which sound is heard last?",
+            "name the last sound.",
+        ),
     ),
     "sound after": (
-        ("what do you hear after the {sound}?", "after the {sound}, which sound is heard?"),
-        ("which sound is heard after the {sound}?", "name the sound after the {sound}."),
+        (
+            "what do you hear after the {sound}?",
+            "after the {sound}, which sound is heard?",
+            "what is heard after the {sound}?",
+            "tell the sound after the {sound}.",
+            "which sound do you hear after the {sound}?",
+        ),
+        (
+            "which sound is heard after the {sound}?",
+            "name the sound after the {sound}.",
+        ),
     ),
     "sound before": (
-        ("what do you hear before the {sound}?", "before the {sound}, which sound is heard?"),
-        ("which sound is heard before the {sound}?", "name the sound before the {sound}."),
+        (
+            "what do you hear before the {sound}?",
+            "before the {sound}, which sound is heard?",
+            "what is heard before the {sound}?",
+            "tell the sound before the {sound}.",
+            "which sound do you hear before the {sound}?",
+        ),
+        (
+            "which sound is heard before the {sound}?",
+            "name the sound before the {sound}.",
+        ),
     ),
     "is shape": (
-        ("is there a {shape}?", "do you see a {shape}?"),
-        ("is there a {shape} in the video?", "is a {shape} in the video?"),
+        (
+            "is there a {shape}?",
+            "do you see a {shape}?",
+            "is it a {shape}?",
+            "do you see a {shape} in the video?",
+            "is a {shape} there?",
+        ),
+        (
+            "is there a {shape} in the video?",
+            "is a {shape} in the video?",
+        ),
     ),
     "is colour": (
-        ("is there a {colour} shape?", "do you see a {colour} shape?"),
-        ("is there a {colour} shape in the video?", "is a shape {colour}?"),
+        (
+            "is there a {colour} shape?",
+            "do you see a {colour} shape?",
+            "is the shape {colour}?",
+            "do you see a {colour} shape in the video?",
+            "is a {colour} shape there?",
+        ),
+        (
+            "is there a {colour} shape in the video?",
+            "is a shape {colour}?",
+        ),
     ),
     "is motion": (
-        ("is the {subject} {motion}?", "do you see the {subject} {motion}?"),
-        ("is there a {subject} {motion}?", "do you see a {subject} {motion}?"),
+        (
+            "is the {subject} {motion}?",
+            "do you see the {subject} {motion}?",
+            "is the motion of the {subject} {motion}?",
+            "do you see that the {subject} is {motion}?",
+            "is there a {subject} that is {motion}?",
+        ),
+        (
+            "is there a {subject} {motion}?",
+            "do you see a {subject} {motion}?",
+        ),
     ),
     "is sound": (
-        ("do you hear the {sound}?", "is the {sound} heard?"),
-        ("is there the sound {sound}?", "do you hear the sound {sound}?"),
+        (
+            "do you hear the {sound}?",
+            "is the {sound} heard?",
+            "is the sound {sound}?",
+            "is the {sound} heard in the video?",
+            "do you hear a sound, the {sound}?",
+        ),
+        (
+            "is there the sound {sound}?",
+            "do you hear the sound {sound}?",
+        ),
     ),
     "is word": (
-        ("is the word {word} said?", "do you hear the word {word}?"),
-        ("is {word} said?", "do you hear {word}?"),
+        (
+            "is the word {word} said?",
+            "do you hear the word {word}?",
+            "is the word that is said {word}?",
+            "do you hear that {word} is said?",
+            "is the word {word} heard?",
+        ),
+        (
+            "is {word} said?",
+            "do you hear {word}?",
+        ),
     ),
     "caption": (
-        ("describe the video.", "tell what you see.", "what is in the video?"),
-        ("describe what you see.", "tell what is in the video."),
+        (
+            "describe the video.",
+            "tell what you see.",
+            "what is in the video?",
+        ),
+        (
+            "describe what you see.",
+            "tell what is in the video.",
+        ),
     ),
     "caption with sound": (
-        ("describe the video with its sound.", "tell what you see and hear."),
-        ("describe what you see and hear.", "describe what you hear and what you see."),
+        (
+            "describe the video with its sound.",
+            "tell what you see and hear.",
+        ),
+        (
+            "describe what you see and hear.",
+            "describe what you hear and what you see.",
+        ),
     ),
 }
 # Questions that need no clip.

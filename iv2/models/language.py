@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from iv2kernels import linear_cross_entropy
+from iv2kernels import Packed, attention, linear_cross_entropy
 
 # Where a run keeps config.json and tokenizer: it has a config.json of its own.
 SAVED = "language_model"
@@ -22,6 +24,10 @@ _TINY_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|> {{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
+# The name under which transformers knows _attend.
+_ATTENTION = "iv2"
+# Rows whose logits stand at once where the head has LoRA: 16 MB of them at 32,000 words.
+_LOGIT_ROWS = 128
 # Models whose logits are more than hidden states times a matrix.
 _REFUSED = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
@@ -106,6 +112,12 @@ def build_language(
             raise ValueError(
                 f"build_language: {name} of the language model must be {plain}, got {value}"
             )
+    if lm._supports_sdpa and lm._supports_attention_backend:
+        interface = transformers.AttentionInterface, transformers.AttentionMaskInterface
+        masks = interface[1]()
+        interface[0].register(_ATTENTION, _attend)
+        interface[1].register(_ATTENTION, masks["sdpa"])
+        lm.set_attn_implementation(_ATTENTION)
     if config.trained == "lora":
         lora = peft.LoraConfig(
             task_type="CAUSAL_LM",
@@ -161,6 +173,10 @@ def _tiny_sizes(transformers: Any, tokenizer: Any) -> Any:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        # From nothing it learns to repeat what it read: with a head of its own, and BERT's 0.02,
+        # that takes three times the steps.
+        tie_word_embeddings=True,
+        initializer_range=0.08,
     )
 
 
@@ -207,14 +223,72 @@ def base(lm: nn.Module) -> Any:
 
 def hidden_states(
     lm: nn.Module,
-    inputs: Tensor,  # [B, L, C]
+    inputs: Tensor,  # [T, C]
+    packed: Packed,
 ) -> Tensor:
-    """Last hidden states [B, L, C]. No token sees what comes after it: padding is at the right."""
+    """Last hidden states [T, C] of sequences laid end to end, each seeing itself alone.
+
+    Where a model's attention is more than a softmax of scaled products, or a sequence is longer
+    than its window, the sequences are padded for it instead; the result is the same.
+
+    Args:
+        lm: The model.
+        inputs: Embeddings, sequence after sequence.
+        packed: Where each begins.
+    """
     model = base(lm)
     trunk: Any = getattr(model, model.base_model_prefix)
-    out = trunk(inputs_embeds=inputs, use_cache=False)
-    states: Tensor = out.last_hidden_state
+    lengths = packed.cu_seqlens_q.diff().tolist()
+    if not _packs(model, packed.max_seqlen_q):
+        # no token sees what comes after it: padding is at the right, and needs no mask
+        rows = nn.utils.rnn.pad_sequence(list(torch.split(inputs, lengths)), batch_first=True)
+        found = trunk(inputs_embeds=rows, use_cache=False).last_hidden_state
+        return torch.cat([row[:n] for row, n in zip(found, lengths, strict=True)])
+    positions = torch.cat([torch.arange(n, device=inputs.device) for n in lengths])
+    out = trunk(
+        inputs_embeds=inputs[None],
+        position_ids=positions[None],
+        # a mask of four axes is taken as it is: without one, that of [T, T] would be made
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device),
+        use_cache=False,
+        packed=packed,
+    )
+    states: Tensor = out.last_hidden_state[0]
     return states
+
+
+def _packs(model: Any, longest: int) -> bool:
+    """Whether its attention can be ours, for training."""
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    return (
+        config._attn_implementation == _ATTENTION
+        and not getattr(config, "attn_logit_softcapping", None)
+        and not (model.training and getattr(config, "attention_dropout", 0.0))
+        and (window is None or longest <= window)
+    )
+
+
+def _attend(
+    module: nn.Module,
+    q: Tensor,  # [1, heads, T, head_dim]
+    k: Tensor,  # [1, kv_heads, T, head_dim]
+    v: Tensor,  # [1, kv_heads, T, head_dim]
+    mask: Tensor | None,
+    *,
+    packed: Packed | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls for attention: PyTorch's, but for packed sequences."""
+    if packed is None:  # generation
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, q, k, v, mask, **rest)  # type: ignore[no-untyped-call,no-any-return]
+    # under autocast rotary embedding leaves float32
+    rows = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))
+    out = attention(*rows, causal=True, scale=rest.get("scaling"), packed=packed)
+    assert isinstance(out, Tensor)
+    return out[None], None
 
 
 def next_token_loss(
@@ -224,22 +298,19 @@ def next_token_loss(
 ) -> Tensor:
     """Mean cross-entropy of the tokens that follow; the logits are not stored.
 
-    LoRA of the head, ``W x + s B A drop(x)``, is one linear layer of more columns, ``[W, s B]``, on
-    ``[x, A drop(x)]``.
+    ``linear_cross_entropy`` of the head. One with LoRA, whose gradient is not that of a plain
+    product, gives the logits of some rows at a time instead, and again in backward.
     """
     head: Any = base(lm).get_output_embeddings()
     if not hasattr(head, "lora_A"):
         return linear_cross_entropy(hidden, head.weight, targets, bias=head.bias)
-    plain = head.base_layer
-    columns, rows = [plain.weight], [hidden]
-    for name in head.active_adapters:
-        columns.append(head.lora_B[name].weight * head.scaling[name])
-        rows.append(head.lora_A[name](head.lora_dropout[name](hidden)))
-    if torch.is_autocast_enabled(hidden.device.type):
-        narrow = torch.get_autocast_dtype(hidden.device.type)
-        columns, rows = [x.to(narrow) for x in columns], [x.to(narrow) for x in rows]
-    x, weight = torch.cat(rows, 1), torch.cat(columns, 1)
-    return linear_cross_entropy(x, weight, targets, bias=plain.bias)
+
+    def total(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(head(x).float(), y, reduction="sum")
+
+    parts = zip(torch.split(hidden, _LOGIT_ROWS), torch.split(targets, _LOGIT_ROWS), strict=True)
+    losses = [checkpoint(total, x, y, use_reentrant=False) for x, y in parts]
+    return torch.stack(losses).sum() / len(targets)
 
 
 def plain_name(name: str) -> str:

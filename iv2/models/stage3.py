@@ -147,11 +147,11 @@ class VideoChatModel(nn.Module):
 
     def embed_text(
         self,
-        ids: Tensor,  # [B, L] int64
+        ids: Tensor,  # [..., L] int64
         video: Tensor | None = None,  # [V, Q, C]
-        in_video: Tensor | None = None,  # [B, L] bool
+        in_video: Tensor | None = None,  # [..., L] bool
     ) -> Tensor:
-        """Inputs [B, L, C] of the language model, the embeddings of videos in their places.
+        """Inputs [..., L, C] of the language model, the embeddings of videos in their places.
 
         Raises:
             ValueError: There are more or fewer places than embeddings.

@@ -1,6 +1,6 @@
 """Stage 3: next-token prediction of answers, through a language model that reads a video.
 
-Texts of different lengths are padded at the right. The language model gives hidden states, and
+Texts of different lengths are packed end to end. The language model gives hidden states, and
 only those from which an answer's tokens are predicted meet its head: logits are never stored.
 """
 
@@ -32,6 +32,7 @@ from iv2.models.text import PackedText
 from iv2.models.vision_config import VisionConfig
 from iv2.stages.conversation import Conversation, ConversationTooLongError, Tokens
 from iv2.stages.stage2 import share_of_mean
+from iv2kernels import Packed
 
 # The trunk of stage 2 has more than is needed; tables of images may be absent.
 _VISION_LACKS = ("img_pos_embed",)
@@ -119,7 +120,7 @@ class Stage3(nn.Module):
         return {}
 
     def load_towers(self) -> None:
-        """Load the files of ``config.{vision, audio, qformer, chat}_init`` strictly; the last wins.
+        """Load ``config.{vision, audio, qformer, lm, chat}_init`` strictly; the last wins.
 
         Raises:
             CheckpointError: A file cannot be read.
@@ -140,6 +141,8 @@ class Stage3(nn.Module):
             load_weights(model.audio_encoder, weights, config.audio_init, prefix=prefix)
         if config.qformer_init:
             load_video_chat(model, config.qformer_init, may_be_deaf=True, parts=_BRIDGE)
+        if config.lm_init:
+            load_video_chat(model, config.lm_init, may_be_deaf=True, parts=("lm.",))
         if config.chat_init:
             load_video_chat(
                 model,
@@ -180,7 +183,7 @@ class Stage3(nn.Module):
         if not rows:  # every rank must have a gradient
             nothing = self.model.project_up.weight.sum() * 0
             return {"next_token": share_of_mean(nothing.float(), 0)}
-        ids, in_video, targets = (x.to(device) for x in _pad(rows))
+        ids, in_video, targets, cu = (x.to(device) for x in _pack(rows))
         found = None
         if views is not None:
             kept = torch.tensor(chosen, device=views.device)
@@ -191,7 +194,7 @@ class Stage3(nn.Module):
             seen = views[torch.cat([own[i] for i in chosen])]
             found = self._see(seen, [counts[i] for i in chosen], messages, seeds, heard)
         inputs = self.model.embed_text(ids, found, in_video)
-        hidden = hidden_states(self.model.lm, inputs)
+        hidden = hidden_states(self.model.lm, inputs, Packed(cu, max(map(len, rows))))
         learnt = targets >= 0
         loss = next_token_loss(self.model.lm, hidden[learnt], targets[learnt])
         return {"next_token": share_of_mean(loss, int(learnt.sum()))}
@@ -296,19 +299,17 @@ class Stage3(nn.Module):
         return PackedText(torch.cat(parts), lengths.cumsum(0).int(), int(lengths.max()))
 
 
-def _pad(rows: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, where videos stand, and the token to predict next or -1, each [B, L]."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    in_video = torch.zeros(len(rows), longest, dtype=torch.bool)
-    targets = torch.full((len(rows), longest), -1)
-    for i, row in enumerate(rows):
-        own = torch.tensor(row.ids)
-        ids[i, : len(row)] = own
-        in_video[i, : len(row)] = torch.tensor(row.in_video)
-        after = torch.tensor(row.is_answer)[1:]
-        targets[i, : len(row) - 1] = torch.where(after, own[1:], -1)
-    return ids, in_video, targets
+def _pack(rows: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, where videos stand, the token to predict next or -1, each [T]; where rows begin."""
+    ids = [i for row in rows for i in row.ids]
+    in_video = [place for row in rows for place in row.in_video]
+    targets = [
+        token if learnt else -1
+        for row in rows
+        for token, learnt in zip((*row.ids[1:], 0), (*row.is_answer[1:], False), strict=True)
+    ]
+    cu = torch.tensor([0, *map(len, rows)]).cumsum(0).int()
+    return torch.tensor(ids), torch.tensor(in_video), torch.tensor(targets), cu
 
 
 def build_stage3(

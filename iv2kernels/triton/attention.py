@@ -5,7 +5,7 @@ serial axis, with a running maximum and sum. Blocks of keys that all its queries
 loop without masks, the rest through a second one.
 Backward: the pass over queries is forward's with the saved log-sum-exp in place of the maximum; it
 gives dq, and for the second pass the log-sum-exp in base 2 and delta = sum(o * d_o) - dlse of each
-query. That pass keeps a tile of keys and walks over the queries that see them, of all the heads
+query, and in float32 a factor that undoes the rounding of the former. That pass keeps a tile of keys and walks over the queries that see them, of all the heads
 that share the keys: dk and dv. Neither adds to what another program wrote, so that the same inputs
 give the same bits; scores are computed three times in all.
 With lists, a tile is a piece of a block, and its serial axis a list of runs. With the norm of
@@ -372,6 +372,7 @@ def backward(
     tiles = tiles_for(q.shape[-1], q.dtype)
     of_queries, of_keys = (None, None) if lists is None else lists
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    share = torch.empty_like(lse) if q.dtype == torch.float32 else None
     normed = None if norm is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     scale = {"scale": options.scale, "factor": options.scale * _LOG2E}
     tile = tiles.dq if of_queries is None else of_queries.tile
@@ -388,6 +389,7 @@ def backward(
         dlse=dlse,
         lse2=lse2,
         delta=delta,
+        share=share,
         normed=normed,
         dq=dq,
         DQ_TOKEN=dq.stride(-3),
@@ -401,6 +403,7 @@ def backward(
         d_o=d_o,
         lse2=lse2,
         delta=delta,
+        share=share,
         dk=dk,
         dv=dv,
         DKV_TOKEN=dv.stride(-3),

@@ -55,6 +55,7 @@ def attention_dq_kernel(
     dlse,
     lse2,
     delta,
+    share,
     normed,
     dq,
     q_len,
@@ -85,7 +86,11 @@ def attention_dq_kernel(
     LISTS: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """The gradient of a tile of queries; lse2, delta and normed for the second kernel."""
+    """The gradient of a tile of queries; lse2, delta, share and normed for the second kernel.
+
+    share, of float32 alone: what a query's weights must be multiplied by to sum to one. At scores
+    of hundreds the rounding of lse is that of a weight's fifth digit.
+    """
     head = tl.program_id(0) // num_tiles % HEADS
     sequence = tl.program_id(0) // num_tiles // HEADS
     group = head // GROUP
@@ -119,6 +124,7 @@ def attention_dq_kernel(
     tl.store(lse2 + statistic + first + row, base2, mask=row < end - first)
     tl.store(delta + statistic + first + row, mean, mask=row < end - first)
     sums = zero_rows(ROWS, D)
+    total = tl.zeros([ROWS], tl.float32)
     for i in range(run, last_run):
         begin, stop = run_of(runs, i, k_len, LISTS)
         if CAUSAL:
@@ -135,11 +141,17 @@ def attention_dq_kernel(
                 seen = seen & (key[None, :] <= last[:, None])
             p = tl.where(seen, tl.exp2(s * factor - base2[:, None]), 0.0)
             dp = scores(grads, load_rows(v, n, stop, STEP, V_TOKEN, D, True))
+            if share is not None:
+                total += tl.sum(p, 1)
             ds = p * (dp - mean[:, None])
             if NORM:
                 ds *= by[None, :]
             sums = add_product(sums, ds, keys)
-    sums = scale_rows(sums, tl.full([ROWS], 1.0, tl.float32) * scale)
+    by_row = tl.full([ROWS], 1.0, tl.float32)
+    if share is not None:
+        by_row = 1.0 / tl.where(total == 0.0, 1.0, total)
+        tl.store(share + statistic + first + row, by_row, mask=row < end - first)
+    sums = scale_rows(sums, by_row * scale)
     store_rows(dq + token * DQ_TOKEN + head * D, sums, first, end, ROWS, DQ_TOKEN, D)
 
 
@@ -156,6 +168,7 @@ def attention_dkdv_kernel(
     d_o,
     lse2,
     delta,
+    share,
     dk,
     dv,
     q_len,
@@ -227,6 +240,9 @@ def attention_dkdv_kernel(
                 if CAUSAL:
                     seen = (first + row)[:, None] <= (query + k_len - q_len)[None, :]
                     p = tl.where(seen, p, 0.0)
+                if share is not None:
+                    one = tl.load(share + statistic + query, mask=query < stop, other=0.0)
+                    p *= one[None, :]
                 grads = load_rows(grad_rows, m, stop, STEP, HEADS * D, D, True)
                 value_sums = add_product(value_sums, p, grads)
                 mean = tl.load(delta + statistic + query, mask=query < stop, other=0.0)

@@ -27,7 +27,8 @@ from iv2.data.instructions import (
 )
 from iv2.data.synthetic import COLOURS, SHAPES, SOUNDS, write_toyworld
 from iv2.data.toy_scenes import HELD_OUT, draw_scene
-from iv2.data.toy_words import QUESTIONS, SPOKEN
+from iv2.data.toy_words import QUESTIONS, SPOKEN, wordings
+from iv2.models.language import VIDEO_END, VIDEO_START
 
 MOTIONS = {  # said here anew, so that a wrong table is noticed
     "moving left": "left",
@@ -124,6 +125,7 @@ def rounds(rows: list[dict[str, Any]]) -> list[tuple[str, str, str, dict[str, An
         pairs = zip(row["messages"][::2], row["messages"][1::2], strict=True)
         for kind, (asked, told) in zip(row["question_kinds"], pairs, strict=True):
             question, answer = asked["content"], told["content"]
+            question = question.split(f"{VIDEO_END}\n")[-1]  # behind a description
             if question.startswith("Question: "):
                 lines = question.split("\n")
                 assert lines[1] == "Options:"
@@ -177,10 +179,35 @@ def test_questions_fit_their_media() -> None:
             text = message["content"]
             if row["kind"] == "video":
                 assert not re.search(r"\b(hear|heard|sound|said|says|word)\b", text), text
-    assert {row["kind"] for row in train(5)} == {"video", "audio_video"}
+    assert {row["kind"] for row in train(5)} == {"video", "audio_video", "text"}
     silent = train(60, speech=False)
     assert not any("said" in row["question_kinds"] for row in silent)
-    assert {row["kind"] for row in silent} == {"video", "audio_video"}
+    assert {row["kind"] for row in silent} == {"video", "audio_video", "text"}
+
+
+def test_descriptions_tell_what_is_asked() -> None:
+    """A caption stands in the place of the video, at the beginning."""
+    rows = [row for row in train(200) if row["kind"] == "text"]
+    told = Counter()
+    for row in rows:
+        assert "path" not in row
+        first, *later = (message["content"] for message in row["messages"])
+        described, _ = first.removeprefix(VIDEO_START).split(f"{VIDEO_END}\n")
+        assert not any(VIDEO_START in text for text in later)
+        about = row["attributes"]
+        assert f"says {about['word']}" in described
+        for event in about["events"]:
+            assert any(text in described for text in wordings("sound")[event["sound"]])
+        told[len(row["messages"]) // 2] += 1
+    assert set(told) <= {1, 2, 3}
+    assert told[3] > len(rows) / 2
+
+
+def test_captions_are_a_quarter() -> None:
+    kinds = Counter((row["kind"], k) for row in train(1000) for k in row["question_kinds"])
+    for kind, captions in (("video", 1), ("audio_video", 2), ("text", 2)):
+        assert kinds[kind, "caption"] / (1000 * captions) == pytest.approx(0.25, abs=0.03)
+        assert kinds[kind, "shape"] == 1000
 
 
 def test_wordings_are_held_out() -> None:
@@ -227,7 +254,8 @@ def test_combinations_are_held_out() -> None:
 def test_yes_and_no_are_balanced() -> None:
     told = [(k, q, a, r) for k, q, a, r in rounds(train(1000)) if k == "yes_no"]
     counts = Counter(answer for _, _, answer, _ in told)
-    assert counts["yes"] == counts["no"] == 1000  # one of each two clips, seen and heard
+    # one of each two clips; seen alone, and seen and heard twice
+    assert counts["yes"] == counts["no"] == 2500
     for row_counts in (
         Counter(
             (r["phrasing"], r["answer"]) for r in held_out(1000) if r["question_kind"] == "yes_no"
@@ -309,7 +337,7 @@ def test_files(world: Path, tmp_path: Path) -> None:
     assert files == {str(p.relative_to(again)) for p in again.rglob("*") if p.is_file()}
     for name in files:
         assert (world / name).read_bytes() == (again / name).read_bytes(), name
-    for name in ("list", "instructions", "instructions-sound"):
+    for name in ("list", "instructions", "instructions-sound", "instructions-described"):
         longer = (more / f"{name}.jsonl").read_bytes()
         assert longer.startswith((world / f"{name}.jsonl").read_bytes())
         assert len(longer) > len((world / f"{name}.jsonl").read_bytes())
@@ -320,14 +348,15 @@ def test_files(world: Path, tmp_path: Path) -> None:
 def test_lists_can_be_read(world: Path) -> None:
     for name, kinds, rows in (
         ("list", {"video"}, 12),
-        ("instructions", {"video"}, 12),
-        ("instructions-sound", {"audio_video"}, 12),
+        ("instructions", {"video"}, None),
+        ("instructions-sound", {"audio_video"}, None),
+        ("instructions-described", {"text"}, None),
         ("instructions-text", {"text"}, len(text_rows())),
         ("held-out", {"video", "audio_video"}, None),
     ):
         samples = read_list(world / f"{name}.jsonl")
         assert {s.kind for s in samples} == kinds
-        assert rows in (None, len(samples))
+        assert len(samples) >= 12 if rows is None else len(samples) == rows
         for sample in samples:
             assert sample.kind == "text" or Path(sample.path).is_file()
             assert bool(sample.messages) == (name != "list")
@@ -346,7 +375,8 @@ def test_the_vocabulary_has_every_word(world: Path) -> None:
         m["content"] for r in [*train(150), *held_out(150), *text_rows()] for m in r["messages"]
     ]
     texts += [SYSTEM_PROMPT, *(t for some in QUESTIONS.values() for part in some for t in part)]
-    texts = [re.sub(r"{\w+}", "", text) for text in texts]
+    marks = f"{VIDEO_START}|{VIDEO_END}"  # which language models add themselves
+    texts = [re.sub(rf"{{\w+}}|{marks}", " ", text) for text in texts]
     packed = tokenizer.encode(texts, 512)
     used = {tokens[i] for i in np.unique(packed.ids.numpy())}
     assert "[UNK]" not in used

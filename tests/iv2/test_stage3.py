@@ -12,10 +12,12 @@ from tiny_stage2 import VISION, write_vocabulary
 from tiny_stage3 import CONFIG, batch_of, said, tiny_stage, write_language_model
 
 from iv2.checkpoint import load_checkpoint, save_weights
+from iv2.models import language
 from iv2.models.language import LanguageConfig, base, build_language
 from iv2.models.qformer import QFORMER
 from iv2.models.stage3 import VideoChatModel, load_video_chat, trunk_config
 from iv2.models.vision import VisionEncoder, vision_config
+from iv2kernels import Packed, attention
 
 ROUNDS = said("red bar", "green cross", "up", "left", system="blue")
 
@@ -60,7 +62,8 @@ def cross_entropy(stage, batch):
 
 @pytest.mark.parametrize("video", [True, False])
 @pytest.mark.parametrize("trained", ["full", "lora"])
-def test_the_loss_is_that_of_the_full_logits(folder, lm_folder, video, trained):
+def test_the_loss_is_that_of_the_full_logits(folder, lm_folder, monkeypatch, video, trained):
+    monkeypatch.setattr(language, "_LOGIT_ROWS", 4)
     stage = (
         tiny_stage(folder)
         if trained == "full"
@@ -97,9 +100,9 @@ def test_the_video_matters_and_each_row_sees_its_own(folder):
     assert (stage(other)["next_token"] - one).abs() > 1e-5
 
 
-def test_what_is_asked_does_not_count(folder):
+def test_what_is_asked_does_not_count(lm_folder):
     """Gradients of the head reach what is predicted for answers alone."""
-    stage = tiny_stage(folder).eval()
+    stage = tiny_stage(lm_folder, weights="fresh").eval()
     stage(batch_of(ROUNDS))["next_token"].backward()
     tokenizer = stage.language_tokenizer
     learnt = set(tokenizer.convert_tokens_to_ids(["green", "cross", "left", "<|end|>"]))
@@ -363,6 +366,80 @@ def test_files_to_start_from(folder, lm_folder, tmp_path):
     save_weights(full, tmp_path / "same.pt")
     with pytest.raises(ValueError, match=r"got other values of lm\.model\.norm\.weight"):
         tiny_stage(lm_folder, replace_chat, weights="pretrained", trained="frozen").load_towers()
+
+
+def test_a_language_model_to_start_from(folder, tmp_path):
+    read = tiny_stage(folder)
+    with torch.no_grad():
+        for parameter in read.model.parameters():
+            parameter.fill_(0.25)
+    save_weights(read.model.state_dict(), tmp_path / "read.pt")
+    stage = tiny_stage(folder, replace(CONFIG, lm_init=str(tmp_path / "read.pt")))
+    stage.load_towers()
+    for name, parameter in stage.model.named_parameters():
+        assert (parameter == 0.25).all() == name.startswith("lm."), name
+
+
+class TestPackedSequences:
+    """Of one text after another none sees the others, whichever way it is done."""
+
+    LENGTHS = (5, 1, 9)
+
+    def inputs(self, lm):
+        torch.manual_seed(2)
+        cu = torch.tensor([0, *self.LENGTHS]).cumsum(0).int()
+        return torch.randn(sum(self.LENGTHS), lm.config.hidden_size), Packed(cu, max(self.LENGTHS))
+
+    def alone(self, lm, x):
+        """By transformers, each by itself."""
+        lm.set_attn_implementation("eager")
+        rows = [lm.model(inputs_embeds=row[None]) for row in torch.split(x, self.LENGTHS)]
+        lm.set_attn_implementation("iv2")
+        return torch.cat([row.last_hidden_state[0] for row in rows])
+
+    @pytest.mark.parametrize("window", [None, 9, 8])
+    def test_each_sees_itself_alone(self, lm_folder, monkeypatch, window):
+        lm = build_language(LanguageConfig(str(lm_folder))).lm
+        assert lm.config.num_key_value_heads < lm.config.num_attention_heads
+        calls = []
+
+        def counted(*args, **options):
+            calls.append(options["packed"])
+            return attention(*args, **options)
+
+        monkeypatch.setattr(language, "attention", counted)
+        x, packed = self.inputs(lm)
+        expected = self.alone(lm, x)
+        lm.config.sliding_window = window  # Llama has none: it is what is asked, not what is done
+        torch.testing.assert_close(language.hidden_states(lm, x, packed), expected)
+        assert len(calls) == (0 if window == 8 else lm.config.num_hidden_layers)
+
+    def test_what_ours_does_not_do_is_padded(self, lm_folder, monkeypatch):
+        lm = build_language(LanguageConfig(str(lm_folder))).lm
+        x, packed = self.inputs(lm)
+        expected = self.alone(lm, x)
+        monkeypatch.setattr(language, "attention", None)
+        for changed in ("attn_logit_softcapping", "sdpa", "attention_dropout"):
+            with monkeypatch.context() as patch:
+                if changed == "sdpa":
+                    lm.set_attn_implementation("sdpa")
+                else:
+                    patch.setattr(lm.config, changed, 0.5, raising=False)
+                lm.train(changed == "attention_dropout")
+                for layer in lm.model.layers:
+                    layer.self_attn.attention_dropout = 0.0  # so that the results compare
+                torch.testing.assert_close(language.hidden_states(lm, x, packed), expected)
+            lm.set_attn_implementation("iv2")
+
+    def test_generation_is_that_of_transformers(self, lm_folder):
+        lm = build_language(LanguageConfig(str(lm_folder))).lm.eval()
+        ids = torch.tensor([[1, 2, 7, 8, 9], [0, 0, 3, 4, 5]])
+        seen = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+        found = []
+        for name in ("iv2", "eager"):
+            lm.set_attn_implementation(name)
+            found.append(lm.generate(ids, attention_mask=seen, max_new_tokens=8, do_sample=False))
+        assert torch.equal(*found)
 
 
 def test_rotary_frequencies_stay_exact(lm_folder):
