@@ -96,16 +96,16 @@ def build_language(
     source = Path(saved) if saved else Path(config.folder)
     if not config.folder and not saved:
         raise ValueError("LanguageConfig: folder must be that of a language model, got nothing")
-    if config.weights == "tiny":
-        tokenizer = _local(transformers.AutoTokenizer, source) if saved else tiny_tokenizer(source)
+    if config.weights == "tiny" and not saved:
+        tokenizer = tiny_tokenizer(source)
         lm = transformers.LlamaForCausalLM(_tiny_sizes(transformers, tokenizer))
     else:
         tokenizer = _local(transformers.AutoTokenizer, source)
-        if config.weights == "fresh":
+        if config.weights == "pretrained":
+            lm = _local(transformers.AutoModelForCausalLM, Path(config.folder), dtype=dtype)
+        else:
             sizes = _local(transformers.AutoConfig, source)
             lm = transformers.AutoModelForCausalLM.from_config(sizes)
-        else:
-            lm = _local(transformers.AutoModelForCausalLM, Path(config.folder), dtype=dtype)
     for name, plain in _REFUSED.items():
         value = getattr(lm.config, name, plain)
         if value not in (None, plain):
@@ -283,7 +283,7 @@ def _attend(
     if packed is None:  # generation
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, q, k, v, mask, **rest)  # type: ignore[no-untyped-call,no-any-return]
+        return sdpa_attention_forward(module, q, k, v, mask, **rest)
     # under autocast rotary embedding leaves float32
     rows = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))
     out = attention(*rows, causal=True, scale=rest.get("scaling"), packed=packed)

@@ -108,7 +108,7 @@ def _fwd_step(
         shift = new_top
         if MASKED and CAUSAL:
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key seen yet
-        p = tl.exp2(s * factor - shift[:, None])
+        p = tl.exp2(tl.fma(s, factor, -shift[:, None]))
         fade = tl.exp2(top - shift)
         total = total * fade + tl.sum(p, 1)
         values = load_rows(v, n, end, STEP, V_TOKEN, D, MASKED)

@@ -139,7 +139,7 @@ def attention_dq_kernel(
             seen = (key < stop)[None, :]
             if CAUSAL:
                 seen = seen & (key[None, :] <= last[:, None])
-            p = tl.where(seen, tl.exp2(s * factor - base2[:, None]), 0.0)
+            p = tl.where(seen, tl.exp2(tl.fma(s, factor, -base2[:, None])), 0.0)
             dp = scores(grads, load_rows(v, n, stop, STEP, V_TOKEN, D, True))
             if share is not None:
                 total += tl.sum(p, 1)
@@ -236,7 +236,8 @@ def attention_dkdv_kernel(
                 query = m + tl.arange(0, STEP)
                 queries = load_rows(rows, m, stop, STEP, Q_TOKEN, D, True)
                 base2 = tl.load(lse2 + statistic + query, mask=query < stop, other=float("inf"))
-                p = tl.exp2(scores(keys, queries) * exponent[:, None] - base2[None, :])
+                s = scores(keys, queries)
+                p = tl.exp2(tl.fma(s, exponent[:, None], -base2[None, :]))
                 if CAUSAL:
                     seen = (first + row)[:, None] <= (query + k_len - q_len)[None, :]
                     p = tl.where(seen, p, 0.0)

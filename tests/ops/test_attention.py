@@ -62,8 +62,8 @@ def random(dtype, q_shape, k_shape):
 )
 def test_matches_float64(isa, dtype, q_len, k_len, heads, kv_heads, head_dim, causal):
     # Rows with no visible key have lse = -inf, which is checked below, not here.
-    # Triton's backward takes the weights anew from lse, whose float32 rounding grows with scores.
-    scale = 0.3 if NATIVE or head_dim < 88 else head_dim**-0.5
+    # A GPU adds 200 products one after the other; BLAS keeps several sums, and rounds less.
+    scale = 0.3 if head_dim < 200 else head_dim**-0.5
     kernel, reference = pair(causal, scale, return_lse=not causal or q_len <= k_len)
     inputs = random(dtype, (BATCH, q_len, heads, head_dim), (BATCH, k_len, kv_heads, head_dim))
     check_or_close(kernel, reference, inputs, WRT, q_len > 8)
@@ -169,13 +169,11 @@ def test_any_shape(batch, q_len, k_len, heads, head_dim, causal, dtype, isa):
 
 def test_large_scores_and_other_scales():
     inputs = random(torch.float32, (1, 70, 1, 16), (1, 130, 1, 16))
-    # Triton's backward takes the weights anew from lse, whose float32 rounding grows with scores.
-    for scale in (-0.7, 0.0, 30.0 if NATIVE else 3.0):
-        enough = NATIVE or scale < 1
-        check_or_close(*pair(scale=scale, return_lse=False), inputs, WRT, enough)
+    for scale in (-0.7, 0.0, 30.0):
+        check(*pair(scale=scale, return_lse=False), inputs, WRT)
     # Keys in rising order raise the maximum in every block.
     inputs["k"] = inputs["k"].sort(1).values * 5
-    check_or_close(*pair(scale=1.0), inputs, WRT, NATIVE)
+    check(*pair(scale=1.0), inputs, WRT)
 
 
 def test_nan_and_infinity_are_not_hidden():

@@ -81,8 +81,12 @@ def _repair_bfloat16() -> None:
 
     dot, cast, fp_to_fp = Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp
 
-    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
-        return dot(self, _widened(a), _widened(b), *rest)
+    def create_dot(
+        self: Any, a: TensorHandle, b: TensorHandle, c: TensorHandle, *rest: Any
+    ) -> TensorHandle:
+        if a.dtype.scalar == b.dtype.scalar == c.dtype.scalar == tl.float32:
+            return TensorHandle(_fma_chain(a.data, b.data, c.data), tl.float32)
+        return dot(self, _widened(a), _widened(b), c, *rest)
 
     def converted(self: Any, x: TensorHandle, to: Any) -> TensorHandle | None:
         if to.scalar == tl.bfloat16 and not _is_bfloat16(x):
@@ -103,6 +107,23 @@ def _repair_bfloat16() -> None:
     Builder.create_fp_to_fp = create_fp_to_fp
     for reduction in (interpreter.ReduceOps, interpreter.ScanOps):
         _refuse_bfloat16(reduction)
+
+
+def _fma_chain(
+    a: np.ndarray,  # [..., M, K]
+    b: np.ndarray,  # [..., K, N]
+    c: np.ndarray,  # [..., M, N]
+) -> np.ndarray:
+    """a @ b + c in float32 as without tensor cores: along K one fused multiply-add after another.
+
+    NumPy's product of the transposed matrices rounds otherwise than its transpose does, and two
+    kernels that must agree on a score would not.
+    """
+    wide_a, wide_b, total = a.astype(np.float64), b.astype(np.float64), c.astype(np.float32)
+    for i in range(a.shape[-1]):  # the product is exact in float64
+        product = wide_a[..., :, i, None] * wide_b[..., None, i, :]
+        total = (product + total).astype(np.float32)
+    return total
 
 
 def _refuse_bfloat16(reduction: Any) -> None:
