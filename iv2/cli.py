@@ -110,6 +110,52 @@ def toyworld(
     )
 
 
+def shard(
+    listing: tyro.conf.Positional[Path],
+    out: Path,
+    proxy: Literal["h264", "vp9", "none"] = "h264",
+    size: int = 256,
+    gop: int = 16,
+    sources_per_shard: int = 500,
+    workers: int = 0,
+) -> None:
+    """Write the videos of a list as WebDataset tars, with small copies that are cheap to read.
+
+    A killed run goes on where it was; a finished one does nothing. Train on OUT/list.jsonl. Broken
+    videos are in OUT/quarantine.jsonl with the reason, counts and checksums in OUT/manifest.json.
+    With other captions of the same videos the tars of videos stay as they are.
+
+    Args:
+        listing: A list or a folder of videos, as `iv2 train --data.path` takes.
+        out: Folder to write to.
+        proxy: Codec of the copies, of each clip from its start to its end (vp9: DALI decodes it
+            on CPUs), or none for the files themselves.
+        size: Short side of the copies in pixels.
+        gop: Frames of a copy from a keyframe to the next.
+        sources_per_shard: Videos in a tar.
+        workers: Threads that read and encode; 0: one a core.
+    """
+    import json
+    import os
+
+    from iv2.data.proxy import ProxyConfig
+    from iv2.data.shards import ShardConfig, write_shards
+
+    small = None if proxy == "none" else ProxyConfig(proxy, size, gop)
+    manifest = write_shards(
+        listing,
+        out,
+        ShardConfig(sources_per_shard, small),
+        workers=workers or os.cpu_count() or 1,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    about = json.loads(manifest.read_text(encoding="utf-8"))
+    print(
+        f"{manifest.parent / 'list.jsonl'}: {about['clips']} clips, {about['hours']:.2f} h, "
+        f"{about['bytes'] / 1e6:.0f} MB, {about['quarantined']} videos quarantined"
+    )
+
+
 def convert(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path]) -> None:
     """Rewrite a published checkpoint (.pth, .pt, .bin) as .safetensors.
 
@@ -124,7 +170,7 @@ def convert(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Pat
 
 
 def demo(out: Path = Path("runs/demo")) -> None:
-    """Train stages 1 and 2 on the toy world and real clips; writes OUT/index.html.
+    """Train the three stages on the toy world and real clips; writes OUT/index.html.
 
     Args:
         out: Run folder; a second run continues where the first stopped.
@@ -135,7 +181,7 @@ def demo(out: Path = Path("runs/demo")) -> None:
 
 
 def learn(stage: int = 1, out: Path | None = None) -> None:
-    """The demo with the budget to reach its goals: a stage in at most 60 minutes on 2 cores.
+    """The demo with more steps of one stage: some 60 to 90 minutes on 2 cores.
 
     Args:
         stage: Which stage (1, 2 or 3); the ones before it are trained for a short time.
@@ -402,6 +448,7 @@ def _serve(argv: Sequence[str]) -> None:
 COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "info": ("versions, instruction sets, decoders, the choice per op", info),
     "toyworld": ("write videos of moving shapes with sounds and captions", toyworld),
+    "shard": ("write the videos of a list as WebDataset tars", shard),
     "train": ("train a recipe: iv2 train stage1-tiny --data.path FOLDER", _train),
     "eval": (
         "evaluate a model on a list: iv2 eval retrieval, iv2 eval zero-shot, iv2 eval qa",
@@ -413,7 +460,7 @@ COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "caption": ("describe videos: iv2 caption VIDEO... --run RUN", caption),
     "serve": ("answer OpenAI's clients over HTTP: iv2 serve --run RUN --embed-run RUN", _serve),
     "convert": ("rewrite a published checkpoint as safetensors", convert),
-    "demo": ("stages 1 and 2 on toy and real video in a quarter of an hour, one HTML page", demo),
+    "demo": ("the three stages on toy and real video in twenty minutes, one HTML page", demo),
     "learn": ("the demo with the budget to reach its goals", learn),
 }
 

@@ -14,6 +14,7 @@ from av.error import FFmpegError
 from torch import Tensor
 
 from iv2.data.decode import DecodeError
+from iv2.data.files import readable
 
 # Mean and twice the standard deviation of the logarithms, as BEATs was trained.
 _MEAN, _SCALE = 15.41663, 2 * 6.55582
@@ -56,7 +57,7 @@ def read_sound(
     parts: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
     began: float | None = None
     try:
-        with av.open(str(path)) as container:
+        with av.open(readable(path)) as container:
             if not container.streams.audio:
                 return None
             stream = container.streams.audio[0]

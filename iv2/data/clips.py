@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from iv2.data.files import is_far
+
 VIDEO_SUFFIXES = frozenset(
     (
         ".avi",
@@ -74,7 +76,8 @@ def read_list(path: str | Path, kind: str = "") -> list[Sample]:
     Args:
         path: A folder (searched through, ordered by name), or a file: JSON lines (.jsonl), a JSON
             array of objects (.json), or a table with a header (.csv). Each row has `path`
-            (relative to the folder of the list, or absolute) and optionally `start`, `end`
+            (relative to the folder of the list, absolute, or an address; in a tar as in a folder:
+            see iv2.data.files) and optionally `start`, `end`
             (seconds), `captions` (an object by kind: visual, audio, speech, av, avs) or `caption`
             (a visual one), each a string or a list of them, of which all but the first go to
             `attributes["paraphrases"]`, `label` (an integer), `kind` (image, video, audio,
@@ -176,7 +179,7 @@ def _sample(listing: Path, place: str, row: Any, kind: str) -> Sample:
     if others:
         attributes = {**attributes, "paraphrases": others}
     return Sample(
-        str(listing.parent / video) if video else "",
+        video if is_far(video) or not video else str(listing.parent / video),
         start,
         end,
         captions,

@@ -11,7 +11,7 @@ import io
 import math
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,8 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from torch import Tensor
+
+from iv2.data.files import readable
 
 Source = str | Path | bytes
 # Side(s) of decoded frames: (height, width), or the short side, which never enlarges.
@@ -105,7 +107,7 @@ class Video:
         try:
             self._open()
             self._index()
-        except FFmpegError as e:
+        except (FFmpegError, OSError) as e:
             self.close()
             raise DecodeError(self.path, _reason(e)) from e
         except DecodeError:
@@ -178,6 +180,39 @@ class Video:
             view[place] = pixels[int(i)]
         return out
 
+    def stream(
+        self, low: int, high: int, size: Size = None
+    ) -> Iterator[NDArray[np.uint8]]:  # [H, W, 3]
+        """Frames low to high - 1, one after the other, each decoded once.
+
+        Raises:
+            DecodeError: Damaged on the way.
+        """
+        numbers = {self._shown[i]: i for i in range(low, high)}
+        due, first, converter = low, None, VideoReformatter()
+        try:
+            if self._coded:
+                place = bisect_right(self._keys, self._shown[low])
+                start = self._keys[place - 1] if place else self._coded[0]
+                self._container.seek(start, stream=self._stream)
+            else:
+                self._container.close()
+                self._open()
+            for count, frame in enumerate(self._container.decode(self._stream)):
+                number = numbers.get(frame.pts if self._coded else count)
+                if number is None:
+                    continue
+                if number != due or frame.is_corrupt:
+                    break
+                first = first or frame
+                yield _pixels(frame, size, first, converter)
+                due += 1
+                if due == high:
+                    return
+        except FFmpegError as e:
+            raise DecodeError(self.path, _reason(e)) from e
+        raise DecodeError(self.path, f"frame {due} of {self.num_frames} cannot be decoded")
+
     def _open(self) -> None:
         source: Any = self._source
         if isinstance(source, bytes):
@@ -187,7 +222,7 @@ class Video:
         elif Path(source).is_file() and Path(source).stat().st_size == 0:
             raise DecodeError(self.path, "empty (0 bytes)")
         else:
-            source = str(source)
+            source = readable(source)
         self._container = av.open(source, metadata_errors="ignore")
         # an attached picture is the cover art of an audio file
         streams = [
