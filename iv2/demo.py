@@ -64,15 +64,15 @@ class Budget:
 
 
 DEMO = Budget(
-    clips=1500,
-    image_teacher_steps=300,
-    video_teacher_steps=450,
-    stage1_steps=600,
+    clips=1200,
+    image_teacher_steps=250,
+    video_teacher_steps=320,
+    stage1_steps=450,
     supervised_steps=0,
     single_teachers=False,
     goals={"motion": 0.15, "background": 0.10},
     goal_is_margin=True,
-    probe_clips=800,
+    probe_clips=600,
     speed_rounds=1,
     stage2=DEMO2,
     stage3=DEMO3,
@@ -104,7 +104,7 @@ LEARN: dict[int, Budget] = {
     2: replace(_BEFORE, stage2=LEARN2),
     3: replace(
         _BEFORE,
-        stage2=replace(DEMO2, clips=2000, speech_steps=220, steps=150),
+        stage2=replace(DEMO2, clips=2000, speech_steps=220, steps=150, reranked=64),
         stage3=LEARN3,
     ),
 }

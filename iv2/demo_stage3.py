@@ -21,8 +21,6 @@ from iv2.serve.chat import VideoChat
 from iv2.train import latest_checkpoint
 from iv2.train import run as train_run
 
-# Held-out questions that are asked, of either form: all on the first clips.
-_QUESTIONS = 600
 _AT_ONCE = 64
 # Tokens of an answer; captions take some forty.
 _LONGEST = 64
@@ -41,14 +39,37 @@ class Budget3:
     text_steps: int
     steps: int
     batch_size: int
+    # Held-out questions of either form: all on the first clips.
+    questions: int
     # Also from random encoders, with choices, and the goal is the accuracy itself.
     compare: bool
-    # Accuracy of open questions in per cent: the total, or its lead over the best baseline.
+    # Accuracy of open questions in per cent: the total, or its lead over who sees another video or
+    # none.
     goal: float
+    # Its lead on motions over who sees the frames in another order; all else is then as it was.
+    motion_goal: float
 
 
-DEMO3 = Budget3(clips=1500, text_steps=250, steps=200, batch_size=32, compare=False, goal=15.0)
-LEARN3 = Budget3(clips=4000, text_steps=1000, steps=1300, batch_size=32, compare=True, goal=85.0)
+DEMO3 = Budget3(
+    clips=1000,
+    text_steps=200,
+    steps=150,
+    batch_size=32,
+    questions=300,
+    compare=False,
+    goal=15.0,
+    motion_goal=5.0,
+)
+LEARN3 = Budget3(
+    clips=4000,
+    text_steps=1000,
+    steps=1300,
+    batch_size=32,
+    questions=600,
+    compare=True,
+    goal=85.0,
+    motion_goal=20.0,
+)
 
 
 def world(budget: Budget3, out: Path) -> Path:
@@ -111,31 +132,47 @@ def run(
         say(f"asking {form} questions")
         found[form] = once(
             out / f"qa-{form}.json",
-            lambda form=form: _evaluate(runs, listing, choices=form == "choices"),  # type: ignore[misc]
+            lambda form=form: _evaluate(runs, listing, budget.questions, choices=form == "choices"),  # type: ignore[misc]
         )
-    totals = {name: row["total"] for name, row in found["open"]["table"]["answers"].items()}
-    best = max(value for name, value in totals.items() if name in _BASELINES)
-    value = totals["model"] - (0.0 if budget.compare else best)
     return {
         **found,
         "real": once(out / "qa-real.json", lambda: _ask_of_real(runs["stage3"])),
         "runs": list(runs),
-        "goal": {
-            "what": "open questions, total"
-            + ("" if budget.compare else ", above the best baseline"),
-            "goal": budget.goal,
-            "value": value,
-            "met": value >= budget.goal,
-        },
+        "goals": _goals(budget, found["open"]["table"]["answers"]),
     }
 
 
-_BASELINES = ("text only", "shuffled frames", "other videos")
+_SHUFFLED = "shuffled frames"
+_UNSEEN = ("text only", "other videos")
 
 
-def _evaluate(runs: dict[str, TrainConfig], listing: Path, *, choices: bool) -> dict[str, Any]:
+def _goals(budget: Budget3, answers: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was wanted of the open questions, and what came out."""
+    total = answers["model"]["total"]
+    lead = total - max(answers[name]["total"] for name in _UNSEEN)
+    motion = _motion(answers["model"]) - _motion(answers[_SHUFFLED])
+    first = "open questions, total" + (
+        "" if budget.compare else ", above the best without the clip"
+    )
+    rows = (
+        (first, budget.goal, total if budget.compare else lead),
+        ("questions on motion, above shuffled frames", budget.motion_goal, motion),
+    )
+    return [
+        {"what": what, "goal": goal, "value": value, "met": value >= goal}
+        for what, goal, value in rows
+    ]
+
+
+def _motion(column: dict[str, Any]) -> float:
+    return float(column["tasks"].get("motion", 0.0))
+
+
+def _evaluate(
+    runs: dict[str, TrainConfig], listing: Path, most: int, *, choices: bool
+) -> dict[str, Any]:
     """A table of the model, its baselines and other runs, and the model's dialogues."""
-    questions = _first(read_questions("toy", listing, choices=choices).questions)
+    questions = _first(read_questions("toy", listing, choices=choices).questions, most)
     answer = _answers(runs["stage3"])
     replies: list[str] = []
 
@@ -146,10 +183,9 @@ def _evaluate(runs: dict[str, TrainConfig], listing: Path, *, choices: bool) -> 
     columns: dict[str, qa.Answer] = {
         "model": keeping,
         "text only": qa.text_only(answer),
-        "shuffled frames": qa.other_frames(answer, "shuffled"),
+        _SHUFFLED: qa.other_frames(answer, "shuffled"),
         "other videos": qa.other_videos(answer),
     }
-    assert set(columns) == {"model", *_BASELINES}
     if "stage3-random" in runs:
         columns["from random encoders"] = _answers(runs["stage3-random"])
     table = qa.evaluate("toy", questions, columns)
@@ -161,12 +197,12 @@ def _answers(config: TrainConfig) -> qa.Answer:
     return qa.chat_answers(chat, batch_size=_AT_ONCE, max_new_tokens=_LONGEST)
 
 
-def _first(questions: Sequence[Question]) -> list[Question]:
+def _first(questions: Sequence[Question], most: int) -> list[Question]:
     """All questions on the first clips, at least two, until they are enough."""
     chosen: list[Question] = []
     paths: set[str] = set()
     for question in questions:
-        if question.path not in paths and len(chosen) >= _QUESTIONS and len(paths) > 1:
+        if question.path not in paths and len(chosen) >= most and len(paths) > 1:
             break
         paths.add(question.path)
         chosen.append(question)
@@ -218,8 +254,8 @@ def page(results: dict[str, Any], out: Path, page: report.Page) -> None:
     page.heading("Stage 3: questions on held-out toy clips with sounds and speech")
     page.text(
         "Correct answers in per cent. Text only: nothing is seen or heard; shuffled frames keep "
-        "the sound; other videos come with their own. New: phrasings, or combinations of values, "
-        "that were not in training."
+        "the sound, and all but motions; other videos come with their own. New: phrasings, or "
+        "combinations of values, that were not in training."
     )
     for form in ("open", "choices"):
         if form in results:
@@ -229,10 +265,9 @@ def page(results: dict[str, Any], out: Path, page: report.Page) -> None:
             "From random encoders: as many steps of stage 3 without stages 1 and 2 before it. What "
             "the model has above it is what they are worth here."
         )
-    goal = results["goal"]
-    page.table(
-        ("goal", "wanted", "got", ""), [(goal["what"], goal["goal"], goal["value"], goal["met"])]
-    )
+    keys = ("what", "goal", "value", "met")
+    rows = [tuple(goal[key] for key in keys) for goal in results["goals"]]
+    page.table(("goal", "wanted", "got", ""), rows)
     page.figure(
         report.plot_losses({name: read_log(out / name) for name in results["runs"]}), "losses"
     )

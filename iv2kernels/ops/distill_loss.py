@@ -49,7 +49,8 @@ def distill_loss(
 
     Raises:
         ValueError: x or target is not [B, ., D] alike, norm_weight or norm_bias not [D], ids not
-            [B, M] or out of range, or M differs from N without ids.
+            [B, M] or out of range (on a GPU, where looking would wait, the loss is then NaN), or M
+            differs from N without ids.
         TypeError: x or target is not floating point, ids is not int32 or int64, or target needs a
             gradient.
 

@@ -35,7 +35,8 @@ def gather_tokens(
         [B, M, C] in the dtype that x and add promote to.
 
     Raises:
-        ValueError: A shape does not fit, or an index is not in [0, N).
+        ValueError: A shape does not fit, or an index is not in [0, N); on a GPU, where looking
+            would wait, such an index gives a row of NaN.
         TypeError: x or add is not floating point, or ids is not int32 or int64.
 
     Saves ids alone for backward, which is a scatter-add that gives the same bits every time.

@@ -121,7 +121,8 @@ def attention_guided_mask(
 
     Raises:
         ValueError: seeds is not [B], weights is not [B, F, N], on another device, negative or not
-            finite, or num_keep or stream is out of range.
+            finite (on a GPU, where looking would wait, all indices of such a row are -1), or
+            num_keep or stream is out of range.
         TypeError: seeds is not int64, or weights not floating point.
 
     Replaces torch.multinomial and the boolean masks built from it. Weights get no gradient.

@@ -55,7 +55,7 @@ def patch_embed(
 
     Raises:
         ValueError: A shape does not fit, tubelets do not divide the video, or an index is not in
-            [0, N).
+            [0, N); on a GPU, where looking would wait, such an index gives a row of NaN.
         TypeError: video is neither bytes nor floating point, or ids_keep not int32 or int64.
 
     Saves video, weight and ids_keep for backward, which copies the tubelets again. Replaces
