@@ -5,9 +5,10 @@ serial axis, with a running maximum and sum. Blocks of keys that all its queries
 loop without masks, the rest through a second one.
 Backward: the pass over queries is forward's with the saved log-sum-exp in place of the maximum; it
 gives dq, and for the second pass the log-sum-exp in base 2 and delta = sum(o * d_o) - dlse of each
-query, and in float32 a factor that undoes the rounding of the former. That pass keeps a tile of keys and walks over the queries that see them, of all the heads
-that share the keys: dk and dv. Neither adds to what another program wrote, so that the same inputs
-give the same bits; scores are computed three times in all.
+query, and in float32 a factor that undoes the rounding of the former. That pass keeps a tile of
+keys and walks over the queries that see them, of all the heads that share the keys: dk and dv.
+Neither adds to what another program wrote, so that the same inputs give the same bits; scores are
+computed three times in all.
 With lists, a tile is a piece of a block, and its serial axis a list of runs. With the norm of
 spatiotemporal_attention, the factors of a query go into its tile, the factor of a key into its
 column of the scores; the first pass of backward stores the scaled queries for the second.

@@ -58,12 +58,16 @@ def _distill_loss_fwd_kernel(
         row = first + start + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (col < D)[None, :]
         source = row % rows_per_sample
+        known = mask
         if ids is not None:
             source = tl.load(ids + row, mask=row < rows, other=0)
+            known = mask & ((source >= 0) & (source < target_rows))[:, None]
         source = source.to(tl.int64) + (row // rows_per_sample).to(tl.int64) * target_rows
         at = row.to(tl.int64)[:, None] * D + col[None, :]
-        t = tl.load(target + source[:, None] * D + col[None, :], mask=mask, other=0.0)
+        t = tl.load(target + source[:, None] * D + col[None, :], mask=known, other=0.0)
         t = t.to(tl.float32)
+        if ids is not None:  # a row that there is none of
+            t = tl.where(mask & ~known, float("nan"), t)
         h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         h = tl.where(mask, h - tl.sum(h, 1)[:, None] / D, 0.0)
         rstd = tl.rsqrt(tl.sum(h * h, 1) / D + eps)

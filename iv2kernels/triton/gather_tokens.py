@@ -18,13 +18,14 @@ from iv2kernels.native.memory import contiguous
 from iv2kernels.triton.common import row_tile
 
 
-@triton.jit(do_not_specialize=["rows", "M"])
+@triton.jit(do_not_specialize=["rows", "N", "M"])
 def _gather_tokens_fwd_kernel(
     x,
     ids,
     add,
     y,
     rows,
+    N,
     M,
     x_stride_b,
     x_stride_n,
@@ -35,9 +36,11 @@ def _gather_tokens_fwd_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     mask = (row < rows)[:, None] & (col < C)[None, :]
-    place = tl.load(ids + row, mask=row < rows, other=0).to(tl.int64) * x_stride_n
-    place += (row // M).to(tl.int64) * x_stride_b
-    value = tl.load(x + place[:, None] + col[None, :], mask=mask, other=0.0)
+    token = tl.load(ids + row, mask=row < rows, other=0).to(tl.int64)
+    # what there is no token of is read as NaN
+    known = mask & ((token >= 0) & (token < N))[:, None]
+    place = token * x_stride_n + (row // M).to(tl.int64) * x_stride_b
+    value = tl.load(x + place[:, None] + col[None, :], mask=known, other=float("nan"))
     at = row.to(tl.int64)[:, None] * C + col[None, :]
     if add is not None:
         value = value.to(tl.float32) + tl.load(add + at, mask=mask, other=0.0).to(tl.float32)
@@ -90,6 +93,7 @@ def gather_tokens_fwd(x: Tensor, ids: Tensor, add: Tensor | None) -> Tensor:
         contiguous(add),
         y,
         rows,
+        x.shape[1],
         ids.shape[1],
         0 if x.shape[0] == 1 else x.stride(0),
         x.stride(1),
@@ -116,16 +120,17 @@ def scatter_add(
     ids: Tensor,  # [B, M]
     dx: Tensor,  # [B or 1, N, C], the rows of a sample contiguous; written whole
 ) -> None:
-    """dx[b or 0, n] = the sum of dy[b, m] over ids[b, m] == n."""
+    """dx[b or 0, n] = the sum of dy[b, m] over ids[b, m] == n; other ids are dropped."""
     (batch, keep, dim), (samples, tokens, _) = dy.shape, dx.shape
     if dx.numel() == 0:
         return
     if dy.stride(2) != 1 or dy.stride(1) != dim:
         dy = dy.contiguous()
     rows = samples * tokens
-    keys = ids.to(torch.int32)
+    known, keys = (ids >= 0) & (ids < tokens), ids.to(torch.int32)
     if samples > 1:
         keys = keys + tokens * torch.arange(batch, dtype=torch.int32, device=ids.device)[:, None]
+    keys = torch.where(known, keys, rows)  # behind all others
     ordered, order = torch.sort(keys.flatten(), stable=True)
     every = torch.arange(rows + 1, dtype=torch.int32, device=ids.device)
     starts = torch.searchsorted(ordered, every, out_int32=True)

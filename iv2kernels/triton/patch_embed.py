@@ -23,13 +23,14 @@ from iv2kernels.ops.patch_embed import IMAGENET_MEAN, IMAGENET_STD, grid_of
 from iv2kernels.triton.gather_tokens import scatter_add
 
 
-@triton.jit(do_not_specialize=["rows", "keep", "grid_h", "grid_w"])
+@triton.jit(do_not_specialize=["rows", "keep", "tokens", "grid_h", "grid_w"])
 def _patch_embed_gather_kernel(
     video,
     ids,
     patches,
     rows,
     keep,
+    tokens,
     grid_h,
     grid_w,
     stride_b,
@@ -50,8 +51,12 @@ def _patch_embed_gather_kernel(
     k = tl.arange(0, COLS)
     sample, place = row // (FIRST + keep), row % (FIRST + keep) - FIRST
     inside = (row < rows) & (place >= 0)
+    mask = inside[:, None] & (k < 3 * T * P * P)[None, :]
+    known = mask
     if ids is not None:
-        place = tl.load(ids + sample * keep + place, mask=inside, other=0).to(tl.int32)
+        index = tl.load(ids + sample * keep + place, mask=inside, other=0)
+        known = mask & ((index >= 0) & (index < tokens))[:, None]
+        place = index.to(tl.int32)
     corner = sample.to(tl.int64) * stride_b
     corner += (place // (grid_h * grid_w) * T).to(tl.int64) * stride_t
     corner += (place // grid_w % grid_h * P).to(tl.int64) * stride_h
@@ -59,20 +64,21 @@ def _patch_embed_gather_kernel(
     channel = k // (T * P * P)
     pixel = channel.to(tl.int64) * stride_c + (k // (P * P) % T).to(tl.int64) * stride_t
     pixel += (k // P % P).to(tl.int64) * stride_h + (k % P).to(tl.int64) * stride_w
-    mask = inside[:, None] & (k < 3 * T * P * P)[None, :]
-    value = tl.load(video + corner[:, None] + pixel[None, :], mask=mask, other=0)
+    value = tl.load(video + corner[:, None] + pixel[None, :], mask=known, other=0)
     value = value.to(tl.float32)
     if MEAN is not None:
         mean = tl.where(channel == 0, MEAN[0], tl.where(channel == 1, MEAN[1], MEAN[2]))
         std = tl.where(channel == 0, STD[0], tl.where(channel == 1, STD[1], STD[2]))
         value = tl.div_rn(tl.div_rn(value, 255.0) - mean[None, :], std[None, :])
         value = tl.where(mask, value, 0.0)
+    if ids is not None:  # a tubelet that there is none of is NaN
+        value = tl.where(mask & ~known, float("nan"), value)
     to = row.to(tl.int64)[:, None] * K + k[None, :]
     stored = (row < rows)[:, None] & (k < K)[None, :]
     tl.store(patches + to, value.to(patches.dtype.element_ty), mask=stored)
 
 
-@triton.jit(do_not_specialize=["rows", "keep"])
+@triton.jit(do_not_specialize=["rows", "keep", "tokens"])
 def _patch_embed_gemm_kernel(
     patches,
     weight,
@@ -83,6 +89,7 @@ def _patch_embed_gemm_kernel(
     out,
     rows,
     keep,
+    tokens,
     FIRST: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -113,10 +120,14 @@ def _patch_embed_gemm_kernel(
         total += tl.where((place < 0)[:, None], added[None, :], 0.0)
     mask = (row < rows)[:, None] & (col < C)[None, :]
     if pos_embed is not None:
+        mask_of_table = mask
         if ids is not None:
-            place = tl.load(ids + sample * keep + place, mask=inside, other=-FIRST).to(tl.int32)
+            index = tl.load(ids + sample * keep + place, mask=inside, other=-FIRST)
+            known = (index < tokens) & (index >= tl.where(inside, 0, -FIRST))
+            mask_of_table = mask & known[:, None]  # the rest is NaN already
+            place = index.to(tl.int32)
         position = pos_embed + (place + FIRST).to(tl.int64)[:, None] * C + col[None, :]
-        total += tl.load(position, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(position, mask=mask_of_table, other=0.0).to(tl.float32)
     to = out + row.to(tl.int64)[:, None] * C + col[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=mask)
 
@@ -143,6 +154,7 @@ def _tubelets(video: Tensor, weight: Tensor, ids: Tensor | None, first: int) -> 
         patches,
         rows,
         keep,
+        frames * height * width,
         height,
         width,
         *(b, c, t, h, w),
@@ -189,6 +201,7 @@ def patch_embed_fwd(
             out,
             rows,
             keep,
+            frames * height * width,
             FIRST=first,
             C=dim,
             K=weight[0].numel(),

@@ -133,6 +133,15 @@ def test_double_backward_raises():
         dx.sum().backward()
 
 
+@pytest.mark.skipif(IMPL == "native", reason="on the CPU it is an error")
+def test_an_index_out_of_range_makes_the_loss_nan():
+    inputs = bench.inputs((2, 5, 7, 16), torch.float32)
+    for bad in (7, -1):
+        ids = inputs["ids"].clone()
+        ids[1, 2] = bad
+        assert k.distill_loss(**inputs | {"ids": ids}, impl=IMPL).isnan()
+
+
 def test_errors():
     inputs = bench.inputs((2, 5, 7, 16), torch.float32)
 

@@ -130,6 +130,20 @@ def test_double_backward_raises():
         dx.sum().backward()
 
 
+@pytest.mark.skipif(IMPL == "native", reason="on the CPU it is an error")
+def test_an_index_out_of_range_gives_a_row_of_nan():
+    """And no gradient; nothing is read from where it points."""
+    x, ids = torch.randn(2, 5, 8, requires_grad=True), torch.tensor([[0, 4], [1, 2]])
+    good = k.gather_tokens(x, ids, impl=IMPL)
+    for bad in (5, -1, 2**32):
+        ids[1, 0] = bad
+        y = k.gather_tokens(x, ids, impl=IMPL)
+        assert y[1, 0].isnan().all()
+        assert torch.equal(y.flatten(0, 1)[[0, 1, 3]], good.flatten(0, 1)[[0, 1, 3]])
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert dx[..., 0].tolist() == [[1, 0, 0, 0, 1], [0, 0, 1, 0, 0]]
+
+
 @native_only
 def test_an_index_out_of_range_is_an_error():
     x, ids = torch.randn(2, 5, 8), torch.tensor([[0, 4], [1, 2]])

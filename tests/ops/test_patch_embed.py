@@ -210,9 +210,19 @@ def test_autocast_leaves_the_dtype():
     torch.testing.assert_close(got, kernel(**inputs), atol=0.3, rtol=0.03)
 
 
-@native_only
-def test_an_index_out_of_range_is_an_error():
+def test_an_index_out_of_range_is_an_error_or_a_row_of_nan():
     inputs = example(torch.float32)
+    if IMPL != "native":
+        ids = torch.tensor([[0, 3, 5], [1, 2, 4]])
+        good = kernel(**inputs | {"ids_keep": ids})
+        for bad in (24, -1):
+            ids[1, 1] = bad
+            out = kernel(**inputs | {"ids_keep": ids})
+            wrong = out.isnan()
+            assert wrong[1, -2].all()
+            assert wrong.sum() == out.shape[2]
+            assert torch.equal(out[~wrong], good[~wrong])
+        return
     for bad in (24, -1):
         with pytest.raises(ValueError, match=rf"ids_keep must be in \[0, 24\), got {bad}"):
             kernel(**inputs | {"ids_keep": torch.full((2, 3), bad)})
