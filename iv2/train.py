@@ -180,13 +180,14 @@ def _batches(
 ) -> Batches | MixedBatches:
     data = config.data
     described = data.sources or (SourceConfig(data.path, data.kind),)
+    cached = sum(samples[0].kind != "text" for samples in sources)
     parts = [
         Batches(
             VideoDataset(
                 samples,
                 replace(data.clip, num_frames=source.num_frames or data.clip.num_frames),
                 seed=config.seed,
-                cache_bytes=data.cache_bytes // len(sources),
+                cache_bytes=data.cache_bytes // max(1, cached),
                 name=source.path,
             ),
             data.batch_size,

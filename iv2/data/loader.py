@@ -150,11 +150,15 @@ class VideoDataset:
         # A row's own id is never a number of another row.
         rows = (f"={s.id}" if s.id else str(i) for i, s in enumerate(self.samples))
         self.ids = [_sample_id(name, row) for row in rows]
+        # Several rows may be of one clip, which is kept once.
+        clips: dict[tuple[Any, ...], int] = {}
+        spans = ((s.path, s.start, s.end) for s in self.samples)
+        self._clips = [clips.setdefault(span, len(clips)) for span in spans]
         self._sounds = SoundCache(cache_bytes // 4)
         self.seed = seed
         self.labelled = all(sample.label is not None for sample in self.samples)
         cached = cache_bytes and self.kind != "text"
-        self._cache = FrameCache(len(samples), cache_bytes) if cached else None
+        self._cache = FrameCache(len(clips), cache_bytes) if cached else None
         self._bad: dict[int, str] = {}  # known here, so that it is not opened again
 
     def __len__(self) -> int:
@@ -212,18 +216,18 @@ class VideoDataset:
     def _listen(self, index: int, rng: np.random.Generator) -> Tensor:  # [F, bins]
         sample, config = self.samples[index], self.config.sound
         assert config is not None
-        wave = self._sounds.get(index)
+        wave = self._sounds.get(self._clips[index])
         if wave is None:
             found = read_sound(sample.path, sample.start, sample.end, config)
             if found is None or len(found) == 0:
                 raise DecodeError(sample.path, "no sound")
             wave = sixteen_bits(found)  # cached or not
-            self._sounds.put(index, wave)
+            self._sounds.put(self._clips[index], wave)
         wave = cut(wave, config, rng if self.config.random else None)
         return fbank(wave.float() / 2**15, config)
 
     def _look(self, index: int, rng: np.random.Generator) -> Tensor:
-        frames = self._cache.get(index) if self._cache else None
+        frames = self._cache.get(self._clips[index]) if self._cache else None
         frames = self._decode(index, rng) if frames is None else frames[self._numbers(frames, rng)]
         if self.config.tiles:
             return tiles(frames, self.config.tiles, self.config.crop.size)
@@ -245,7 +249,7 @@ class VideoDataset:
             if self._cache is None or high - low > self._cache.max_frames:
                 return video.frames([low + i for i in self._numbers(high - low, rng)], size)
             whole = video.frames(range(low, high), size)
-        self._cache.put(index, whole)
+        self._cache.put(self._clips[index], whole)
         return whole[self._numbers(whole, rng)]
 
     def _numbers(self, frames: Tensor | int, rng: np.random.Generator) -> list[int]:

