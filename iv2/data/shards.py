@@ -97,7 +97,8 @@ def write_shards(
         list(sources.items())[i : i + config.sources_per_shard]
         for i in range(0, len(sources), config.sources_per_shard)
     ]
-    infos, rows = [], []
+    infos: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for number, group in enumerate(groups):
         first = number * config.sources_per_shard
         info = _shard(out, number, first, [source for source, _ in group], config, workers)
@@ -105,10 +106,9 @@ def write_shards(
         info["captions"] = _write_tar(out / f"captions-{number:06d}.tar", said)
         infos.append(info)
         rows += _rows(number, first, [own for _, own in group], info)
-        bad = sum("error" in record for record in info["records"])
-        say(
-            f"{info['name']}: {len(group) - bad} sources, {info['seconds'] / 3600:.2f} h, {bad} bad"
-        )
+        broken = sum("error" in record for record in info["records"])
+        hours = info["seconds"] / 3600
+        say(f"{info['name']}: {len(group) - broken} sources, {hours:.2f} h, {broken} bad")
     _write_text(out / "list.jsonl", _lines(rows))
     bad = [r for info in infos for r in info["records"] if "error" in r]
     _write_text(out / "quarantine.jsonl", _lines(bad))

@@ -36,6 +36,9 @@ class QFormerConfig:
     num_queries: int = 32
     # More queries, as VideoChat2 added.
     num_extra_queries: int = 64
+    # Of all these, the last ones, which hear where there is sound, and then see nothing: queries
+    # that may look at both soon look at pictures alone. Published models hear nothing.
+    num_hearing_queries: int = 32
     # Longest instruction, in tokens.
     max_positions: int = 512
     # Dropout of embeddings and branches.
@@ -57,6 +60,7 @@ class QFormerConfig:
             ("cross_every", self.cross_every > 0, "positive"),
             ("num_queries", self.num_queries > 0, "positive"),
             ("num_extra_queries", self.num_extra_queries >= 0, ">= 0"),
+            ("num_hearing_queries", self.num_hearing_queries > 0, "positive"),
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
             ("attn_dropout", 0 <= self.attn_dropout < 1, "in [0, 1)"),
             ("drop_path", 0 <= self.drop_path < 1, "in [0, 1)"),
@@ -78,6 +82,7 @@ QFORMER: dict[str, QFormerConfig] = {
         media_dim=128,
         num_queries=4,
         num_extra_queries=12,
+        num_hearing_queries=8,
         dropout=0.0,
         attn_dropout=0.0,
         drop_path=0.0,

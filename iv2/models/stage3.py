@@ -50,8 +50,8 @@ def trunk_config(config: VisionConfig, skip: int = 1) -> VisionConfig:
 class VideoChatModel(nn.Module):
     """Video encoder, Q-Former and language model, under the names of published files.
 
-    Tokens of an audio tower stand beside those of the video for the Q-Former; published models have
-    none.
+    With an audio tower some of the queries read its tokens instead of the video's, where there is
+    sound; published models have none.
 
     Args:
         vision: The whole video encoder, as it was trained.
@@ -61,7 +61,7 @@ class VideoChatModel(nn.Module):
         audio: The audio tower, or None.
 
     Raises:
-        ValueError: No block would be left.
+        ValueError: No block would be left, or all queries would hear.
     """
 
     def __init__(
@@ -86,6 +86,12 @@ class VideoChatModel(nn.Module):
             self.extra_query_tokens = nn.Parameter(torch.zeros(shape))
             nn.init.normal_(self.extra_query_tokens, std=0.02)
         self.project_up = Linear(qformer.embed_dim, base(lm).config.hidden_size)
+        hearing = qformer.num_hearing_queries
+        if audio is not None and hearing >= self.num_queries:
+            raise ValueError(
+                f"VideoChatModel: num_hearing_queries must be below {self.num_queries}, all that "
+                f"there are, got {hearing}"
+            )
         self.audio_encoder = None if audio is None else AudioEncoder(audio)
         if audio is not None:
             self.audio_up = nn.Sequential(Linear(audio.embed_dim, width), nn.LayerNorm(width))
@@ -121,13 +127,17 @@ class VideoChatModel(nn.Module):
         with _grad_if_trained(self.vision_encoder):
             tokens = self.vision_encoder(video, seeds=seeds).tokens
         media = self.vision_layernorm(tokens.to(self.vision_layernorm.weight.dtype))
-        if fbank is not None:
-            heard = self._listen(fbank, len(media))
-            media = torch.cat([media, heard.to(media.dtype)], dim=1)
         queries: Tensor = self.query_tokens
         if self.qformer.config.num_extra_queries:
             queries = torch.cat([queries, self.extra_query_tokens], dim=1)
-        found = self.qformer(queries, media, instruction)
+        if fbank is None:
+            found = self.qformer(queries, media, instruction)
+        else:
+            heard = self._listen(fbank, len(media)).to(media.dtype)
+            count = self.num_queries - self.qformer.config.num_hearing_queries
+            looking = self.qformer(queries[:, :count], media, instruction)
+            hearing = self.qformer(queries[:, count:], heard, instruction)
+            found = torch.cat([looking, hearing], dim=1)
         embeddings: Tensor = self.project_up(found)
         return embeddings
 

@@ -28,6 +28,7 @@ QFORMER_TINY = replace(
     mlp_dim=48,
     num_queries=2,
     num_extra_queries=3,
+    num_hearing_queries=2,
 )
 CONFIG = Stage3Config(
     qformer=QFORMER_TINY, lm=LanguageConfig(weights="tiny", trained="full"), max_tokens=256
