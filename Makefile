@@ -22,7 +22,12 @@ $(VENV)/installed: $(VENV)/base pyproject.toml setup.py CMakeLists.txt $(CXX_FIL
 	IV2_WERROR=ON $(BIN)/python -m pip install -q -e ".[demo,test,check]" "$(TORCH)"
 	touch $@
 
-demo: $(VENV)/installed
+# What the demo alone needs, unless all is there: this machine's instruction set builds in half the time.
+$(VENV)/quick: $(VENV)/base pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
+	IV2_ISAS=native IV2_CUDA=0 $(BIN)/python -m pip install -q -e ".[demo]" "$(TORCH)"
+	touch $@
+
+demo: $(if $(wildcard $(VENV)/installed),$(VENV)/installed,$(VENV)/quick)
 	$(BIN)/iv2 demo
 
 learn: $(VENV)/installed

@@ -47,9 +47,9 @@ class Budget2:
 
 
 DEMO2 = Budget2(
-    clips=1200,
-    speech_steps=160,
-    steps=80,
+    clips=1500,
+    speech_steps=200,
+    steps=120,
     batch_size=64,
     separate_steps=0,
     reranked=16,

@@ -52,8 +52,8 @@ class Budget3:
 
 DEMO3 = Budget3(
     clips=1000,
-    text_steps=200,
-    steps=150,
+    text_steps=260,
+    steps=220,
     batch_size=32,
     questions=300,
     compare=False,
