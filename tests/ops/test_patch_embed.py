@@ -114,7 +114,9 @@ def test_any_shape(data):
         keep=integers(1, grid[0] * grid[1] * grid[2]),
     )
     # Over a few numbers one rounding decides about the ratio to eager's error: a bound instead.
-    bound = 1e-6 if dtype == torch.float32 else 1.5e-2
+    # A GPU adds up to 2,916 products one after the other, in float32 too.
+    exact = 1e-6 if IMPL == "native" else 2e-5
+    bound = exact if dtype == torch.float32 else 1.5e-2
     for inputs, wrt in ((floats, ALL), (as_bytes(floats), bench.WRT)):
         got, truth = run(kernel, inputs, wrt), run(reference, inputs, wrt, torch.float64)
         for name, value in got.items():
