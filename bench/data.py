@@ -32,7 +32,7 @@ from iv2.demo import real_clips
 from iv2kernels.timing import interleaved, median_ratio
 
 SIDE = 224
-# Goals: planned against decode all, on the same originals, and on their small copies.
+# Goals: the fastest against decode all of the originals, on these and on their small copies.
 LEAST_ON_ORIGINALS, LEAST_ON_COPIES = 1.2, 5.0
 
 
@@ -123,7 +123,10 @@ def main(options: Options) -> int:
             else [str(path) for path in real_clips()]
         )
         listing.write_text("".join(json.dumps({"path": path}) + "\n" for path in originals))
-        write_shards(listing, Path(folder) / "out", ShardConfig(proxy=ProxyConfig()))
+        config = ShardConfig(sources_per_shard=len(originals), proxy=ProxyConfig())
+        made = json.loads(write_shards(listing, Path(folder) / "out", config).read_text())
+        if made["quarantined"]:
+            raise ValueError(f"bench: data must be whole videos, got {made['quarantined']} broken")
         tarred = [sample.path for sample in read_list(Path(folder) / "out" / "list.jsonl")]
         loose = Path(folder) / "loose"
         loose.mkdir()

@@ -36,6 +36,13 @@ def is_far(path: str) -> bool:
     return "://" in path
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write whole or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def _far(address: str) -> BinaryIO:
     import fsspec
 

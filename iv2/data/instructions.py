@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from iv2.data.files import write_text
 from iv2.data.speech import utterances
 from iv2.data.synthetic import (
     COLOURS,
@@ -28,7 +29,6 @@ from iv2.data.synthetic import (
     SOUNDS,
     _check,
     _rng,
-    _write_text,
     encode,
 )
 from iv2.data.toy_scenes import Scene, draw_scene, render, sound
@@ -417,7 +417,7 @@ def write_questions(
         return listing
     for folder in ("videos", "held-out"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    _write_text(header, json.dumps(world) + "\n")
+    write_text(header, json.dumps(world) + "\n")
     voices = utterances(SPOKEN, SAMPLE_RATE) if speech else {}
 
     def make(held_out: bool, index: int) -> tuple[Scene, str, int]:
@@ -444,10 +444,10 @@ def write_questions(
         texts = {kind: caption(scene, kind == "av", rng)[0] for kind in ("visual", "av")}
         row = {"path": name, "captions": texts, "attributes": scene.attributes}
         lists.setdefault("list", []).append(row)
-    _write_text(out / "vocab.txt", "".join(f"{word}\n" for word in question_vocabulary()))
+    write_text(out / "vocab.txt", "".join(f"{word}\n" for word in question_vocabulary()))
     for name in (*(name for name in lists if name != "list"), "list"):
         text = "".join(json.dumps(row) + "\n" for row in lists[name])
-        _write_text(out / f"{name}.jsonl", text)
+        write_text(out / f"{name}.jsonl", text)
     return listing
 
 

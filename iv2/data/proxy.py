@@ -74,6 +74,7 @@ def write_proxy(
 
     Raises:
         DecodeError: The clip cannot be read whole, or has no frame.
+        OSError: The copy cannot be written.
     """
     name, options, sound_name, rate, container_name = _CODECS[config.codec]
     wave = read_sound(source, start, end, SoundConfig(sample_rate=rate))
@@ -102,6 +103,8 @@ def write_proxy(
                 if sound is not None and wave is not None:
                     _mux_sound(to, sound, wave.numpy())
         except FFmpegError as error:
+            if isinstance(error, OSError):  # a full disk, say, which is not the clip's fault
+                raise
             raise DecodeError(source, f"no copy can be written: {error}") from error
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +29,7 @@ from typing import Any
 
 from iv2.data.clips import Sample, read_list
 from iv2.data.decode import DecodeError, Video
-from iv2.data.files import readable
+from iv2.data.files import readable, write_text
 from iv2.data.proxy import ProxyConfig, write_proxy
 
 VERSION = 1
@@ -102,18 +101,22 @@ def write_shards(
     for number, group in enumerate(groups):
         first = number * config.sources_per_shard
         info = _shard(out, number, first, [source for source, _ in group], config, workers)
-        said = _captions(first, [own for _, own in group], info)
-        info["captions"] = _write_tar(out / f"captions-{number:06d}.tar", said)
+        said = _said_of(group, info)
+        info["captions"] = _write_tar(out / f"captions-{number:06d}.tar", _captions(said))
         infos.append(info)
-        rows += _rows(number, first, [own for _, own in group], info)
+        rows += [
+            {"path": f"{info['name']}/{record['member']}", **row}
+            for record, own in said
+            for row in own
+        ]
         broken = sum("error" in record for record in info["records"])
         hours = info["seconds"] / 3600
         say(f"{info['name']}: {len(group) - broken} sources, {hours:.2f} h, {broken} bad")
-    _write_text(out / "list.jsonl", _lines(rows))
+    write_text(out / "list.jsonl", _lines(rows))
     bad = [r for info in infos for r in info["records"] if "error" in r]
-    _write_text(out / "quarantine.jsonl", _lines(bad))
+    write_text(out / "quarantine.jsonl", _lines(bad))
     about = {"rows": wanted, **_manifest(infos, len(rows), config)}
-    _write_text(manifest, json.dumps(about, indent=2) + "\n")
+    write_text(manifest, json.dumps(about, indent=2) + "\n")
     return manifest
 
 
@@ -138,7 +141,7 @@ def _claim(out: Path, sources: list[_Source], config: ShardConfig) -> None:
                 f"shard: {out} holds shards of other videos or options; give an empty folder"
             )
     else:
-        _write_text(path, json.dumps(header, indent=2) + "\n")
+        write_text(path, json.dumps(header, indent=2) + "\n")
 
 
 # ---- one shard
@@ -168,7 +171,7 @@ def _shard(
     tar = _write_tar(out / f"{name}.tar", ((r["member"], work / r["member"]) for r in good))
     info = {"name": f"{name}.tar", **tar}
     info |= {"seconds": sum(r["seconds"] for r in good), "records": records}
-    _write_text(done, json.dumps(info, indent=1) + "\n")
+    write_text(done, json.dumps(info, indent=1) + "\n")
     shutil.rmtree(work)
     return info
 
@@ -186,10 +189,9 @@ def _record(work: Path, key: str, source: _Source, config: ShardConfig) -> dict[
     about = {name: value for name, value in asdict(source).items() if value is not None}
     try:
         record = {"key": key, **about, **_store(work, key, source, config)}
-    except (DecodeError, OSError) as error:
-        reason = error.reason if isinstance(error, DecodeError) else str(error)
-        record = {"key": key, **about, "error": reason}
-    _write_text(path, json.dumps(record))
+    except DecodeError as error:  # a full disk is no fault of the source: it ends the run
+        record = {"key": key, **about, "error": error.reason}
+    write_text(path, json.dumps(record))
     return record
 
 
@@ -201,6 +203,9 @@ def _store(work: Path, key: str, source: _Source, config: ShardConfig) -> dict[s
         write_proxy(source.path, source.start, source.end, partial, config.proxy)
     else:
         suffix = Path(source.path).suffix.lower()
+        with Video(source.path) as video:  # what is copied must be whole; of a proxy it was read
+            for _ in video.stream(0, video.num_frames, 16):
+                pass
         opened = readable(source.path)
         if isinstance(opened, str):
             shutil.copyfile(opened, partial)
@@ -209,9 +214,6 @@ def _store(work: Path, key: str, source: _Source, config: ShardConfig) -> dict[s
                 shutil.copyfileobj(opened, copy, 1 << 20)
     with Video(str(partial), source.path) as video:
         info = video.info()
-        if not config.proxy:  # what is copied must be whole; a proxy was just written
-            for _ in video.stream(0, video.num_frames, 16):
-                pass
     member = work / f"{key}{suffix}"
     partial.replace(member)
     return {
@@ -254,16 +256,24 @@ def _checksum(path: Path) -> str:
 # ---- what is said of the clips
 
 
+def _said_of(
+    group: list[tuple[_Source, list[Sample]]], info: dict[str, Any]
+) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """The record of each source that could be read, and the rows of its clips."""
+    return [
+        (record, [_said(sample, record) for sample in own])
+        for record, (_, own) in zip(info["records"], group, strict=True)
+        if "error" not in record
+    ]
+
+
 def _captions(
-    first: int, rows: list[list[Sample]], info: dict[str, Any]
+    said: Iterable[tuple[dict[str, Any], list[dict[str, Any]]]],
 ) -> Iterator[tuple[str, bytes]]:
-    """A JSON file for each source that could be read: an object, or one a clip where several."""
-    for i, own in enumerate(rows):
-        if "error" in info["records"][i]:
-            continue
-        said = [_said(sample, info["records"][i]) for sample in own]
-        text = json.dumps(said[0] if len(said) == 1 else said, indent=1)
-        yield f"{_key(first + i)}.json", text.encode()
+    """A JSON file for each source: an object, or a list of one a clip where there are several."""
+    for record, rows in said:
+        text = json.dumps(rows[0] if len(rows) == 1 else rows, indent=1)
+        yield f"{record['key']}.json", text.encode()
 
 
 def _said(sample: Sample, record: dict[str, Any]) -> dict[str, Any]:
@@ -279,15 +289,6 @@ def _said(sample: Sample, record: dict[str, Any]) -> dict[str, Any]:
         row.pop("start", None)
         row.pop("end", None)
     return {name: value for name, value in row.items() if value not in ({}, [])}
-
-
-def _rows(
-    number: int, first: int, rows: list[list[Sample]], info: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    for own, record in zip(rows, info["records"], strict=True):
-        if "error" not in record:
-            for sample in own:
-                yield {"path": f"{info['name']}/{record['member']}", **_said(sample, record)}
 
 
 def _manifest(infos: list[dict[str, Any]], clips: int, config: ShardConfig) -> dict[str, Any]:
@@ -310,10 +311,3 @@ def _digest(texts: Iterable[str]) -> str:
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

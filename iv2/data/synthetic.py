@@ -15,7 +15,6 @@ change is the same for every pair of frames and a small model can learn it in mi
 
 import json
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +26,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from iv2.data.files import write_text
 from iv2.data.speech import utterances
 from iv2.data.toy_words import SPOKEN, captions, vocabulary
 
@@ -404,7 +404,7 @@ def write_toyworld(
     if listing.exists() and header.exists():
         return listing
     (out / "videos").mkdir(parents=True, exist_ok=True)
-    _write_text(header, json.dumps(world) + "\n")
+    write_text(header, json.dumps(world) + "\n")
     voices = utterances(SPOKEN, SAMPLE_RATE) if speech else {}
 
     def make(index: int) -> dict[str, Any]:
@@ -432,8 +432,8 @@ def write_toyworld(
 
     with ThreadPoolExecutor(workers) as pool:
         rows = list(pool.map(make, range(num)))
-    _write_text(out / "vocab.txt", "".join(f"{token}\n" for token in vocabulary()))
-    _write_text(listing, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(out / "vocab.txt", "".join(f"{token}\n" for token in vocabulary()))
+    write_text(listing, "".join(json.dumps(row) + "\n" for row in rows))
     return listing
 
 
@@ -456,10 +456,3 @@ def _check(limits: dict[str, tuple[int, int]], speech: bool) -> None:
         raise ValueError(
             f"toyworld: num must be at most {scenes * most}, {most} clips a scene, got {num}"
         )
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tarfile
 from pathlib import Path
@@ -190,6 +191,29 @@ def test_a_killed_run_goes_on(listing, tmp_path, monkeypatch, stop):
     assert len(encoded) == len(read_list(listing))
     assert encoded[: len(first)] == first
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_full_disk_ends_the_run_and_blames_no_video(listing, tmp_path, monkeypatch):
+    source = str(write_video(tmp_path / "a.mp4", 9))
+    with pytest.raises(OSError, match="No space left"):
+        write_proxy(source, None, None, Path("/dev/full"), ProxyConfig())
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_proxy", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_shards(listing, tmp_path / "out", SMALL)
+    manifest = json.loads(write_shards(listing, tmp_path / "out", SMALL).read_text())
+    assert (manifest["sources"], manifest["quarantined"]) == (5, 2)
+
+
+def test_broken_and_missing_files_are_quarantined_when_copied(listing, tmp_path):
+    with listing.open("a") as rows:
+        rows.write(json.dumps({"path": "none.mp4"}) + "\n")
+    manifest = write_shards(listing, tmp_path / "out", ShardConfig(9, proxy=None))
+    assert json.loads(manifest.read_text())["quarantined"] == 3
 
 
 def test_training_on_tars_is_training_on_files(world, tmp_path):
