@@ -28,7 +28,7 @@ from iv2.data.clips import read_list
 from iv2.data.decode import decode, probe
 from iv2.data.proxy import ProxyConfig
 from iv2.data.shards import ShardConfig, write_shards
-from iv2.demo import real_clips
+from iv2.demo_steps import real_clips
 from iv2kernels.timing import interleaved, median_ratio
 
 SIDE = 224

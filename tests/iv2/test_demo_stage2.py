@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from iv2 import demo, demo_stage2, report
+from iv2 import demo_stage2, report
 from iv2.demo_stage2 import ABLATION, Budget2
 
 # The numbers do not matter here: that each run starts from the one before, and what the page says,
@@ -22,7 +22,7 @@ def finished(tmp_path_factory):
     patch.setattr(demo_stage2, "_SCENES", 3)
     patch.setattr(demo_stage2, "_PER_SCENE", 2)
     out = tmp_path_factory.mktemp("demo")
-    yield out, demo_stage2.run(BUDGET, out, "", "float32", demo._once, lambda text: None)
+    yield out, demo_stage2.run(BUDGET, out, "")
     patch.undo()
 
 

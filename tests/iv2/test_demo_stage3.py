@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from iv2 import cli, demo, demo_stage3, report
+from iv2 import cli, demo, demo_stage3, demo_steps, report
 from iv2.checkpoint import read_weights, save_weights
 from iv2.demo_stage2 import DEMO2
 from iv2.demo_stage3 import DEMO3, LEARN3, Budget3
@@ -17,6 +17,7 @@ from iv2.recipes import RECIPES
 # says, does.
 BUDGET = Budget3(
     clips=4,
+    word_steps=1,
     text_steps=2,
     steps=1,
     batch_size=2,
@@ -40,14 +41,14 @@ def finished(tmp_path_factory):
     second = Stage2Model(recipe.model, recipe.text, recipe.audio, recipe.stage2.joint)
     save_weights(second.state_dict(), out / "second.safetensors")
     weights = str(out / "second.safetensors")
-    done = demo_stage3.run(BUDGET, out, weights, "float32", demo._once, lambda text: None)
+    done = demo_stage3.run(BUDGET, out, weights)
     yield out, done
     patch.undo()
 
 
 def test_results(finished):
     out, results = finished
-    assert results["runs"] == ["stage3-text", "stage3", "stage3-random"]
+    assert results["runs"] == ["stage3-words", "stage3-text", "stage3", "stage3-random"]
     for form in ("open", "choices"):
         table = results[form]["table"]
         assert list(table["answers"]) == COLUMNS
@@ -98,10 +99,10 @@ def test_the_lead_over_the_best_baseline(finished, monkeypatch):
         tables["table"]["answers"][name]["total"] = total
         tables["table"]["answers"][name]["tasks"]["motion"] = 2 * total
     (out / "qa-open.json").write_text(json.dumps(tables))
-    monkeypatch.setattr(demo_stage3, "train_run", None)
+    monkeypatch.setattr(demo_steps, "train_run", None)
     short = replace(BUDGET, compare=False, goal=15.0)
-    found = demo_stage3.run(short, out, "x", "float32", demo._once, lambda text: None)
-    assert found["runs"] == ["stage3-text", "stage3"]
+    found = demo_stage3.run(short, out, "x")
+    assert found["runs"] == ["stage3-words", "stage3-text", "stage3"]
     assert "choices" not in found
     assert [row["value"] for row in found["goals"]] == [14, 10]  # the order of frames apart
     assert [row["met"] for row in found["goals"]] == [False, False]

@@ -15,9 +15,7 @@ from iv2.data.captions import Tokenizer
 from iv2.data.clips import read_list
 from iv2.data.instructions import (
     CHOICE_REQUEST,
-    QUESTION_KINDS,
     SYSTEM_PROMPT,
-    ask,
     choice_answer,
     choice_prompt,
     held_out_rows,
@@ -26,6 +24,7 @@ from iv2.data.instructions import (
     write_questions,
 )
 from iv2.data.synthetic import COLOURS, SHAPES, SOUNDS, write_toyworld
+from iv2.data.toy_questions import QUESTION_KINDS, ask
 from iv2.data.toy_scenes import HELD_OUT, draw_scene
 from iv2.data.toy_words import QUESTIONS, SPOKEN, wordings
 from iv2.models.language import VIDEO_END, VIDEO_START
@@ -185,11 +184,17 @@ def test_questions_fit_their_media() -> None:
     assert {row["kind"] for row in silent} == {"video", "audio_video", "text"}
 
 
+def is_described(row: dict[str, Any]) -> bool:
+    """With a whole caption in the video's place."""
+    return "background" in row["messages"][0]["content"].split(VIDEO_END)[0]
+
+
 def test_descriptions_tell_what_is_asked() -> None:
     """A caption stands in the place of the video, at the beginning."""
-    rows = [row for row in train(200) if row["kind"] == "text"]
     told = Counter()
-    for row in rows:
+    for row in train(200):
+        if not is_described(row):
+            continue
         assert "path" not in row
         first, *later = (message["content"] for message in row["messages"])
         described, _ = first.removeprefix(VIDEO_START).split(f"{VIDEO_END}\n")
@@ -200,14 +205,45 @@ def test_descriptions_tell_what_is_asked() -> None:
             assert any(text in described for text in wordings("sound")[event["sound"]])
         told[len(row["messages"]) // 2] += 1
     assert set(told) <= {1, 2, 3}
-    assert told[3] > len(rows) / 2
+    assert told[3] > sum(told.values()) / 2
+
+
+def test_short_descriptions_tell_what_is_asked_and_little_else() -> None:
+    every: dict[str, tuple[str, ...]] = {}
+    for attribute in ("shape", "colour", "motion", "sound", "word"):
+        for some in wordings(attribute).values():
+            every[some[0]] = some
+    told = Counter()
+    for row in train(200):
+        first = row["messages"][0]["content"]
+        if row["kind"] != "text" or is_described(row):
+            continue
+        assert "path" not in row
+        described = first.removeprefix(VIDEO_START).split(VIDEO_END)[0]
+        assert 1 <= len(described.split()) <= 18
+        ((kind, question, answer, _),) = rounds([row])
+        told[kind] += 1
+        if kind == "how_many":
+            assert len(re.findall(r"\ban?\b", described)) == ("one", "two").index(answer) + 1
+        elif kind == "yes_no":
+            # the motion of a shape; else the longest, since one name may be part of another
+            moves = {some[0] for some in wordings("motion").values()}
+            asked_for = [v for v in every if f" {v}" in question]
+            value = max(asked_for, key=lambda v: (v in moves, len(v)))
+            named = any(re.search(rf"\b{re.escape(text)}\b", described) for text in every[value])
+            # the other of two shapes may move as it is asked
+            other = value in moves and len(row["attributes"]["shapes"]) > 1
+            assert named if answer == "yes" else not named or other, (described, question)
+        else:
+            assert any(text in described for text in every[answer]), (described, question)
+    assert set(told) == set(QUESTION_KINDS) - {"caption"}
 
 
 def test_captions_are_a_quarter() -> None:
     kinds = Counter((row["kind"], k) for row in train(1000) for k in row["question_kinds"])
     for kind, captions in (("video", 1), ("audio_video", 2), ("text", 2)):
         assert kinds[kind, "caption"] / (1000 * captions) == pytest.approx(0.25, abs=0.03)
-        assert kinds[kind, "shape"] == 1000
+        assert kinds[kind, "shape"] == (2000 if kind == "text" else 1000)
 
 
 def test_wordings_are_held_out() -> None:
@@ -252,10 +288,15 @@ def test_combinations_are_held_out() -> None:
 
 
 def test_yes_and_no_are_balanced() -> None:
-    told = [(k, q, a, r) for k, q, a, r in rounds(train(1000)) if k == "yes_no"]
+    whole = [r for r in train(1000) if r["kind"] != "text" or is_described(r)]
+    told = [(k, q, a, r) for k, q, a, r in rounds(whole) if k == "yes_no"]
     counts = Counter(answer for _, _, answer, _ in told)
     # one of each two clips; seen alone, and seen and heard twice
     assert counts["yes"] == counts["no"] == 2500
+    words = [r for r in train(1000) if r["kind"] == "text" and not is_described(r)]
+    counts = Counter(answer for kind, _, answer, _ in rounds(words) if kind == "yes_no")
+    # of each attribute once; a clip with two motions is not asked for one
+    assert counts["yes"] == counts["no"] == 4750
     for row_counts in (
         Counter(
             (r["phrasing"], r["answer"]) for r in held_out(1000) if r["question_kind"] == "yes_no"
@@ -337,7 +378,13 @@ def test_files(world: Path, tmp_path: Path) -> None:
     assert files == {str(p.relative_to(again)) for p in again.rglob("*") if p.is_file()}
     for name in files:
         assert (world / name).read_bytes() == (again / name).read_bytes(), name
-    for name in ("list", "instructions", "instructions-sound", "instructions-described"):
+    for name in (
+        "list",
+        "instructions",
+        "instructions-sound",
+        "instructions-described",
+        "instructions-words",
+    ):
         longer = (more / f"{name}.jsonl").read_bytes()
         assert longer.startswith((world / f"{name}.jsonl").read_bytes())
         assert len(longer) > len((world / f"{name}.jsonl").read_bytes())
@@ -351,6 +398,7 @@ def test_lists_can_be_read(world: Path) -> None:
         ("instructions", {"video"}, None),
         ("instructions-sound", {"audio_video"}, None),
         ("instructions-described", {"text"}, None),
+        ("instructions-words", {"text"}, None),
         ("instructions-text", {"text"}, len(text_rows())),
         ("held-out", {"video", "audio_video"}, None),
     ):
