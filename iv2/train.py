@@ -2,7 +2,8 @@
 
 A step is: batch, losses, weighted sum, backward, clip, AdamW; then a JSON line and, every so often,
 a checkpoint. All state of a run is in the checkpoint, so a killed run goes on bitwise as if it had
-not been; log lines after the checkpoint are dropped and written anew.
+not been; log lines after the checkpoint are dropped and written anew. It may go on in another
+number of processes with the very same samples in each step, if a step has as many.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from iv2.checkpoint import (
 from iv2.config import OptimConfig, SourceConfig, TrainConfig, differences, to_dict, to_json
 from iv2.data.clips import Sample, read_list
 from iv2.data.loader import Batches, VideoDataset
-from iv2.data.mixed import MixedBatches
+from iv2.data.mixed import MixedBatches, join_states
 from iv2.distributed import World
 from iv2.distributed import world as join_world
 from iv2.models.vision import VisionEncoder
-from iv2.optim import AdamW, Schedule, parameter_groups
+from iv2.optim import AdamW, Schedule, num_blocks, parameter_groups
 from iv2.run_folder import Log, Progress, checkpoints, latest_checkpoint, replace_text, step_of
 from iv2.stages.clip import ClipStage, build_clip_stage
 from iv2.stages.finetune import build_finetune, find_classes
@@ -271,7 +272,7 @@ class _Run:
         self.optimizer = AdamW(
             parameter_groups(
                 named,
-                depth=_depth(stage.trained),
+                depth=num_blocks(stage.trained),
                 weight_decay=optim.weight_decay,
                 layer_decay=optim.layer_decay,
                 lr_scales={
@@ -427,18 +428,27 @@ class _Run:
     def _restore(self, path: Path) -> None:
         state = load_training_checkpoint(path)
         try:
-            _check_same(path, "configuration", differences(self.config, state["config"]))
-            processes = state["processes"]
-            if processes != self.world.size:
-                _check_same(path, "processes", [f"{self.world.size} (there {processes})"])
-            mine = state["ranks"][self.world.rank]
+            ranks, rank = state["ranks"], self.world.rank
+            there, data = state["config"], join_states([each["data"] for each in ranks])
+            if len(ranks) == self.world.size:
+                data = ranks[rank]["data"]
+            else:  # the same samples a step may be divided otherwise
+                step = state.get("samples_per_step", 0)
+                if step != self.samples_per_step:
+                    here = f"{self.samples_per_step} with {self.world.size} processes"
+                    wrong = f"{here} (there {step or 'unknown'} with {len(ranks)})"
+                    _check_same(path, "samples of a step", [wrong])
+                own = to_dict(self.config)["data"]["batch_size"]
+                there = there | {"data": there["data"] | {"batch_size": own}}
+            _check_same(path, "configuration", differences(self.config, there))
             lacking, unknown = self.stage.trained.load_state_dict(state["model"], strict=False)
             _check_same(path, "weights", [*unknown, *sorted(set(lacking) ^ self._elsewhere)])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.batches.load_state_dict(mine["data"])
-            torch.set_rng_state(mine["rng"])
-            if self.world.device.type == "cuda":
-                torch.cuda.set_rng_state(mine["cuda_rng"], self.world.device)
+            self.batches.load_state_dict(data)
+            if rank < len(ranks):  # a new process keeps the one that it was given
+                torch.set_rng_state(ranks[rank]["rng"])
+                if self.world.device.type == "cuda":
+                    torch.cuda.set_rng_state(ranks[rank]["cuda_rng"], self.world.device)
             self.step = state["step"]
         except KeyError as error:
             raise CheckpointError(path, f"is no checkpoint of a run: no {error}") from error
@@ -468,25 +478,13 @@ class _Run:
                 "optimizer": self.optimizer.state_dict(),
                 "config": to_dict(self.config),
                 "stage": self.stage.description,
-                "processes": self.world.size,
+                "samples_per_step": self.samples_per_step,
                 "ranks": ranks,
             },
         )
         kept = sorted(checkpoints(self.run_dir), key=step_of)
         for old in kept[: -self.config.keep_checkpoints]:
             old.unlink()
-
-
-def _depth(module: torch.nn.Module) -> int:
-    """Blocks of the encoder in a module."""
-    return max(
-        (
-            len(child)
-            for name, child in module.named_modules()
-            if name.split(".")[-1] == "blocks" and isinstance(child, torch.nn.ModuleList)
-        ),
-        default=0,
-    )
 
 
 def _check_same(path: Path, what: str, wrong: list[str]) -> None:

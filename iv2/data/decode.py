@@ -1,21 +1,24 @@
-"""Frames of a video file by number, through PyAV (FFmpeg): the only place that knows a decoder.
+"""Frames of a video file by number: with its backends, the only place that knows a decoder.
 
 Frame numbers are presentation order. Opening a video reads its packets without decoding them; their
 timestamps say which frames exist and where the keyframes are, whatever the header claims. The
 wanted frames are then reached by decoding on or by seeking to a keyframe, whichever decodes fewer
 frames, and are recognised by their timestamps, so that both ways give the same frames. Where a
 seek lands in the wrong place (damaged indices), the file is decoded from its start.
+
+All this is PyAV (FFmpeg), which `python -m bench.data` found no slower on CPUs than torchcodec and
+which needs no FFmpeg of the system's: it is what decodes unless another backend is asked for by
+name. `iv2.data.torchcodec` and `iv2.data.dali` decode the numbers of the same index.
 """
 
 import io
 import math
-import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import av
 import numpy as np
@@ -27,10 +30,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iv2.data.files import readable
+from iv2.data.upright import Matrix, Size, display_matrix, pixels, resize, upright
 
+Backend = Literal["pyav", "torchcodec", "dali"]
 Source = str | Path | bytes
-# Side(s) of decoded frames: (height, width), or the short side, which never enlarges.
-Size = tuple[int, int] | int | None
 
 # Frames whose decoding costs as much as a seek; where frames are reordered, two more are lost.
 _SEEK_COST = 0
@@ -59,6 +62,17 @@ class VideoInfo:
     has_audio: bool
 
 
+@dataclass(frozen=True)
+class Coding:
+    """What decides which decoders can read a video."""
+
+    codec: str  # FFmpeg's name, such as h264 or vp9
+    pixel_format: str  # FFmpeg's, such as yuv420p
+    stamped: bool  # frames can be told by their timestamps
+    hidden: int  # frames that are decoded but not shown, after an edit
+    matrix: Matrix  # how a picture is turned for display
+
+
 def probe(source: Source) -> VideoInfo:
     """Read what a video holds; decodes one frame.
 
@@ -69,7 +83,9 @@ def probe(source: Source) -> VideoInfo:
         return video.info()
 
 
-def decode(source: Source, indices: Sequence[int], size: Size = None) -> Tensor:  # [T, H, W, 3]
+def decode(
+    source: Source, indices: Sequence[int], size: Size = None, *, backend: Backend | None = None
+) -> Tensor:  # [T, H, W, 3]
     """Decode frames of a video.
 
     Args:
@@ -77,15 +93,17 @@ def decode(source: Source, indices: Sequence[int], size: Size = None) -> Tensor:
         indices: Frame numbers from 0 in presentation order, in any order, with repetitions.
         size: (height, width) to scale to, or the length of the short side (never enlarged), or
             None for the size as displayed.
+        backend: What decodes: pyav (None), torchcodec, or dali, which knows few codecs.
 
     Returns:
         uint8 RGB frames in the order of `indices`.
 
     Raises:
-        DecodeError: not a readable video, or damaged where it was needed.
-        ValueError: a number is not in [0, num_frames).
+        DecodeError: not a readable video, or damaged where it was needed, or not for this backend.
+        ValueError: a number is not in [0, num_frames), or there is no such backend.
+        RuntimeError: the backend is not installed.
     """
-    with Video(source) as video:
+    with Video(source, backend=backend) as video:
         return video.frames(indices, size)
 
 
@@ -95,11 +113,20 @@ class Video:
     Attributes:
         path: Name in messages.
         times: Presentation time of each frame in seconds, 0 for the first.
-        decoded: Number of frames decoded so far.
+        decoded: Number of frames that PyAV decoded so far.
     """
 
-    def __init__(self, source: Source, name: str | None = None) -> None:
-        """Open `source` and index its frames; `name` is used in messages for bytes."""
+    def __init__(
+        self, source: Source, name: str | None = None, *, backend: Backend | None = None
+    ) -> None:
+        """Open `source` and index its frames.
+
+        Args:
+            source: Path, or the file's bytes.
+            name: Used in messages for bytes.
+            backend: What decodes in `frames`; see `decode`.
+        """
+        self._backend = _checked(backend)
         self.path = name or ("<bytes>" if isinstance(source, bytes) else str(source))
         self.decoded = 0
         self._source = source
@@ -136,7 +163,9 @@ class Video:
 
     def info(self) -> VideoInfo:
         """What the file holds; decodes one frame."""
-        (height, width), rotation = self._frame_shape()
+        frame = self._first()
+        a, b = display_matrix(frame)[:2]
+        height, width = (frame.height, frame.width) if a else (frame.width, frame.height)
         rate = self._stream.average_rate
         gaps = self.times[-1] / max(1, self.num_frames - 1)
         fps = 1 / gaps if gaps > 0 else float(rate or 0)
@@ -146,7 +175,7 @@ class Video:
             duration=self.times[-1] + (1 / fps if fps else 0.0),
             width=width,
             height=height,
-            rotation=rotation,
+            rotation=round(math.degrees(math.atan2(-b, a))) % 360,
             has_audio=bool(self._container.streams.audio),
         )
 
@@ -167,17 +196,20 @@ class Video:
             raise ValueError(
                 f"decode: indices must be in [0, {self.num_frames}) for {self.path}, got {bad}"
             )
+        if self._backend != "pyav":
+            places = [bisect_left(wanted, int(i)) for i in indices]
+            return resize(self._elsewhere(wanted), size)[places]
         try:
             found = self._collect(wanted)
         except FFmpegError as e:
             raise DecodeError(self.path, _reason(e)) from e
         first = found[wanted[0]]
         converter = VideoReformatter()  # shared: setting one up costs more than a small frame
-        pixels = {i: _pixels(frame, size, first, converter) for i, frame in found.items()}
-        out = torch.empty((len(indices), *pixels[wanted[0]].shape), dtype=torch.uint8)
+        rows = {i: pixels(frame, size, first, converter) for i, frame in found.items()}
+        out = torch.empty((len(indices), *rows[wanted[0]].shape), dtype=torch.uint8)
         view = out.numpy()
         for place, i in enumerate(indices):
-            view[place] = pixels[int(i)]
+            view[place] = rows[int(i)]
         return out
 
     def stream(
@@ -205,7 +237,7 @@ class Video:
                 if number != due or frame.is_corrupt:
                     break
                 first = first or frame
-                yield _pixels(frame, size, first, converter)
+                yield pixels(frame, size, first, converter)
                 due += 1
                 if due == high:
                     return
@@ -279,15 +311,55 @@ class Video:
         self._shown = list(range(count))
         self.times = [i / rate for i in range(count)]
 
-    def _frame_shape(self) -> tuple[tuple[int, int], int]:
+    def coding(self) -> Coding:
+        """What another decoder must cope with; decodes one frame."""
+        context = self._stream.codec_context
+        return Coding(
+            codec=context.codec.canonical_name,
+            pixel_format=str(context.pix_fmt),
+            stamped=bool(self._coded),
+            hidden=len(self._coded) - len(self._shown) if self._coded else 0,
+            matrix=display_matrix(self._first()),
+        )
+
+    def source_bytes(self) -> bytes:
+        """The file."""
+        if isinstance(self._source, bytes):
+            return self._source
+        file = readable(self._source)
+        with open(file, "rb") if isinstance(file, str) else file as opened:
+            return opened.read()
+
+    def _elsewhere(self, wanted: list[int]) -> Tensor:  # [T, H, W, 3]
+        """The frames with these sorted numbers, as displayed, from another decoder."""
+        if self._backend == "dali":
+            from iv2.data import dali
+
+            return torch.from_numpy(
+                np.ascontiguousarray(
+                    upright(dali.read_frames(self, wanted).numpy(), self.coding().matrix)
+                )
+            )
+        from iv2.data import torchcodec
+
+        if not self._coded:
+            raise DecodeError(self.path, "torchcodec needs frames with timestamps")
+        unit = float(self._stream.time_base or 0)
+        times = [self._shown[i] * unit for i in wanted]
+        place = (self.path, self._stream.index)
+        frames, turned = torchcodec.read_frames(self._source, place, wanted, times)
+        if turned:
+            a, b, c, d = self.coding().matrix
+            if a * d - b * c < 0:  # torchcodec knows turns alone: turned, but not mirrored
+                frames = frames.flip(1 if a else 2)
+        return frames
+
+    def _first(self) -> Any:
+        """The first frame, not yet converted."""
         try:
-            frame = self._collect([0])[0]
+            return self._collect([0])[0]
         except FFmpegError as e:
             raise DecodeError(self.path, _reason(e)) from e
-        matrix = _display_matrix(frame)
-        a, b = matrix[:2]
-        shape = (frame.height, frame.width) if a else (frame.width, frame.height)
-        return shape, round(math.degrees(math.atan2(-b, a))) % 360
 
     def _collect(self, wanted: list[int]) -> dict[int, Any]:
         """The frames with these sorted numbers, not yet converted."""
@@ -335,6 +407,23 @@ class Video:
         return found
 
 
+def _checked(backend: Backend | None) -> Backend:
+    """The backend to use, which is installed."""
+    backend = backend or "pyav"
+    if backend not in get_args(Backend):
+        names = ", ".join(get_args(Backend))
+        raise ValueError(f"decode: backend must be one of {names}, got {backend!r}")
+    if backend == "torchcodec":
+        from iv2.data import torchcodec
+
+        torchcodec.decoder_class()
+    elif backend == "dali":
+        from iv2.data import dali
+
+        dali.dynamic_mode()
+    return backend
+
+
 def plan(
     wanted: Sequence[int], keys: Sequence[int], *, seek_cost: int = _SEEK_COST
 ) -> list[tuple[int, int]]:
@@ -359,56 +448,6 @@ def plan(
             runs[-1] = (runs[-1][0], runs[-1][1] + 1)
         at = frame
     return runs
-
-
-def _pixels(
-    frame: Any, size: Size, first: Any, converter: VideoReformatter
-) -> NDArray[np.uint8]:  # [H, W, 3]
-    """RGB pixels the right way up; all frames of a file take the size of the first."""
-    matrix = _display_matrix(first)
-    height, width = first.height, first.width
-    if isinstance(size, int):
-        scale = min(1.0, size / min(height, width))
-        height, width = round(height * scale), round(width * scale)
-    elif size is not None:
-        height, width = size if matrix[0] or matrix[3] else size[::-1]
-    resized = (height, width) != (frame.height, frame.width)
-    rgb = converter.reformat(
-        frame,
-        width=width,
-        height=height,
-        format="rgb24",
-        interpolation="AREA" if resized else "BILINEAR",
-        threads=1,
-    )
-    return _upright(rgb.to_ndarray(), matrix)
-
-
-# Display matrices of 0, 90, 180 and 270 degrees counter-clockwise.
-_TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))
-
-
-def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
-    """Signs (a, b, c, d): a coded point (x, y) is shown at (a x + c y, b x + d y)."""
-    try:
-        data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:
-        # PyAV does not know the EXIF data of a photo; without the matrix, mirroring is not seen.
-        return _TURNS[round(frame.rotation / 90) % 4]
-    if data is None:
-        return 1, 0, 0, 1
-    a, b, _, c, d = struct.unpack("=5i", bytes(data)[:20])
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        return (1 if a >= 0 else -1), 0, 0, (1 if d >= 0 else -1)
-    return 0, (1 if b >= 0 else -1), (1 if c >= 0 else -1), 0
-
-
-def _upright(picture: NDArray[Any], matrix: tuple[int, int, int, int]) -> NDArray[Any]:
-    """Turn and mirror a coded picture [H, W, ...] into the displayed one."""
-    a, b, c, d = matrix
-    if not a:
-        picture, a, d = picture.swapaxes(0, 1), c, b
-    return picture[::d, ::a]
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,21 @@ from iv2.data.loader import Batches, sample_key
 _STREAM = 0x6D697865  # keeps these draws apart from those of the samples
 
 
+def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of all ranks' batches for each of another number of ranks.
+
+    The position is all ranks' own; what could not be used is what any of them could not.
+    """
+    joined = dict(states[0])
+    if "sources" in joined:
+        parts = zip(*(state["sources"] for state in states), strict=True)
+        joined["sources"] = [join_states(part) for part in parts]
+    if "skipped" in joined:
+        rows = {row[0]: row for state in states for row in state["skipped"]}
+        joined["skipped"] = list(rows.values())
+    return joined
+
+
 class MixedBatches(Iterator[dict[str, Any]]):
     """Batches of several sources in a drawn order.
 

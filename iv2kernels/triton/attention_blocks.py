@@ -27,7 +27,8 @@ Row = tuple[int, int, int, int]  # first token, tokens, runs from and to
 def _cut(blocks: list[Row], runs: list[tuple[int, int]], tile: Tile, device: torch.device) -> Lists:
     largest = triton.next_power_of_2(max(row[1] for row in blocks))
     rows = min(max(largest, 16), tile.rows)
-    tile = tile._replace(rows=rows, warps=max(tile.warps * rows // tile.rows, 1))
+    # few rows are multiplied from registers: four warps share what would not fit those of one
+    tile = tile._replace(rows=rows, warps=max(tile.warps * rows // tile.rows, 4))
     pieces = [
         (at, min(rows, first + count - at), begin, end)
         for first, count, begin, end in blocks

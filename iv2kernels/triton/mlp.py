@@ -93,9 +93,11 @@ def _mlp_bwd_kernel(
     grad = tile_product(dy, weight, row, col, rows, N, K, K, 1, N, 1, BLOCK_K)
     at = row.to(tl.int64)[:, None] * N + col[None, :]
     mask = (row < rows)[:, None] & (col < N)[None, :]
-    value, derivative = _gelu(tl.load(z + at, mask=mask, other=0.0).to(tl.float32), TANH)
+    # z is read twice, the second time from a cache: both results at once would not fit registers
     if a is not None:
+        value, _ = _gelu(tl.load(z + at, mask=mask, other=0.0).to(tl.float32), TANH)
         tl.store(a + at, value.to(a.dtype.element_ty), mask=mask)
+    _, derivative = _gelu(tl.load(z + at, mask=mask, other=0.0).to(tl.float32), TANH)
     grad *= derivative
     tl.store(dz + at, grad.to(dz.dtype.element_ty), mask=mask)
     tl.store(partials + down.to(tl.int64) * N + col, tl.sum(grad, 0), mask=col < N)

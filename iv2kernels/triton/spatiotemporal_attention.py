@@ -163,7 +163,8 @@ def spatiotemporal_attention_bwd(
 def _norm_bwd(qkv: Tensor, norm: Norm, dqkv: Tensor) -> Tensor:
     """Completes dqkv, and returns the gradient of gain."""
     rows, dim = norm.rstd[0].numel(), norm.gain.numel()
-    tile_rows, columns, warps = row_tile(dim, 2048)
+    # what a step keeps ahead is twice as large in float32
+    tile_rows, columns, warps = row_tile(dim, 4096 // qkv.itemsize)
     chunk, chunks = row_chunks(rows, tile_rows)
     partials = torch.empty(1, chunks, dim, dtype=torch.float32, device=qkv.device)
     _spatiotemporal_attention_norm_bwd_kernel[(chunks, 2)](

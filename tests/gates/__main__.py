@@ -26,7 +26,7 @@ def _with_kernels() -> list[str]:
 def _row(name: str, arch: str, found: Usage) -> str:
     occupancy = 100 * found["blocks"] * found["warps"] // LIMITS[arch].warps
     return (
-        f"{name:72s} {arch:7s} {found['registers']:9d} {found['shared']:7d} {found['warps']:5d} "
+        f"{name:88s} {arch:7s} {found['registers']:9d} {found['shared']:7d} {found['warps']:5d} "
         f"{found['blocks']:6d} {occupancy:4d} {found['tensor']:6d} {found['async']:5d} "
         f"{found['wide']:4d}/{found['global']:<4d} {found['local']:5d}"
     )
@@ -43,10 +43,11 @@ def main() -> int:
     comparable = version == triton.__version__
     if not comparable:
         print(f"budgets are of Triton {version}, this is {triton.__version__}: only zeros count")
-    print(f"{'kernel':72s} {'arch':7s} {_COLUMNS}")
+    print(f"{'kernel':88s} {'arch':7s} {_COLUMNS}")
     wrong, measured = [], {}
+    ops = options.ops or _with_kernels()
     for arch in options.arch:
-        for launch in launches(arch, options.ops or _with_kernels()):
+        for launch in launches(arch, ops):
             found = usage(arch, launch.compiled)
             name = f"{launch.name}, {arch}"
             measured[name] = budgets.tighter(found, known.get(name))
@@ -55,9 +56,7 @@ def main() -> int:
             if comparable and budget is None and not options.tighten:
                 wrong.append(f"{name}: has no budget; run with --tighten to take it")
             wrong += budgets.complaints(name, found, budget)
-    unused = set()
-    if not options.ops:
-        unused = {n for n in known.keys() - measured.keys() if n.split(", ")[1] in options.arch}
+    unused = budgets.of(known, ops, options.arch) - measured.keys()
     if options.tighten:
         others = budgets.load()[1]  # another run may have written meanwhile
         budgets.save({n: b for n, b in (others | measured).items() if n not in unused})

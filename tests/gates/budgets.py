@@ -7,6 +7,7 @@ loosened is deleted by hand, where a reviewer sees it, and taken anew.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import triton
@@ -30,6 +31,11 @@ def load(path: Path = PATH) -> tuple[str, Budgets]:
         return triton.__version__, {}
     found = json.loads(path.read_text(encoding="utf-8"))
     return found.pop("triton"), found
+
+
+def of(known: Budgets, ops: Sequence[str], archs: Sequence[str]) -> set[str]:
+    """The names of the budgets of some ops on some architectures: "op: kernel, arch"."""
+    return {n for n in known if n.split(": ")[0] in ops and n.split(", ")[-1] in archs}
 
 
 def complaints(name: str, found: Usage, budget: Usage | None) -> list[str]:

@@ -82,7 +82,7 @@ def compiling(arch: str) -> Iterator[list[Launch]]:
 
 def launches(arch: str, ops: Sequence[str]) -> Iterator[Launch]:
     """What the ops launch at the shapes of their bench pages, forward and backward, each once."""
-    seen: dict[str, list[str]] = {}
+    seen: dict[str, list[str]] = {}  # by op too: ops share kernels, and are compiled in any order
     with mock.patch.object(dispatch, "why_not", return_value=None):
         extra = [Case(o, shape, d) for o in ops for shape in EXTRA.get(o, ()) for d in DTYPES]
         for case in [*cases(ops, DTYPES), *extra]:
@@ -92,7 +92,7 @@ def launches(arch: str, ops: Sequence[str]) -> Iterator[Launch]:
             with compiling(arch) as some:
                 call.both()
             for launch in some:
-                name, compiled = f"{launch.name} {case.dtype}", launch.compiled
+                name, compiled = f"{case.op}: {launch.name} {case.dtype}", launch.compiled
                 hashes = seen.setdefault(name, [])
                 if compiled.hash in hashes:
                     continue

@@ -69,6 +69,12 @@ def test_a_kernel_that_takes_more_is_seen_and_a_budget_only_tightens(key, worse)
     assert budgets.tighter(bad, None) == bad
 
 
+def test_an_op_has_budgets_of_its_own_for_a_kernel_that_ops_share():
+    known = dict.fromkeys(["a: k, sm_80", "a: k, sm_90", "b: k, sm_90", "ab: k, sm_90"], GOOD)
+    assert budgets.of(known, ["a"], ["sm_90", "sm_100"]) == {"a: k, sm_90"}
+    assert budgets.of(known, ["a", "b"], ["sm_80"]) == {"a: k, sm_80"}
+
+
 @pytest.mark.parametrize("key", budgets.ZERO)
 def test_spills_and_atomics_need_no_budget_to_be_seen(key):
     (complaint,) = budgets.complaints("kernel", GOOD | {key: 1}, None)

@@ -14,7 +14,7 @@ from iv2.config import DataConfig, SourceConfig, TrainConfig
 from iv2.data.audio import SoundConfig
 from iv2.data.clips import Sample, read_list
 from iv2.data.loader import Batches, ClipConfig, VideoDataset
-from iv2.data.mixed import MixedBatches
+from iv2.data.mixed import MixedBatches, join_states
 from iv2.data.synthetic import write_toyworld
 from iv2.data.transforms import CropConfig
 from iv2.distributed import World
@@ -141,9 +141,11 @@ def test_kinds_of_one_data_set_are_one(toys: list[Sample]) -> None:
         VideoDataset(of_kind(toys, "audio"), replace(CLIP, sound=None))
 
 
-def mixed(toys: list[Sample], rank: int = 0, world: int = 1, **options) -> MixedBatches:
+def mixed(
+    toys: list[Sample], rank: int = 0, world: int = 1, size: int = 2, **options
+) -> MixedBatches:
     sources = [
-        Batches(VideoDataset(of_kind(toys, kind), CLIP, name=kind), 2, rank=rank, world=world)
+        Batches(VideoDataset(of_kind(toys, kind), CLIP, name=kind), size, rank=rank, world=world)
         for kind in ("video", "audio")
     ]
     return MixedBatches(sources, **options)
@@ -185,6 +187,25 @@ def test_resume_anywhere(toys: list[Sample]) -> None:
     alone = MixedBatches(resumed.sources[:1])
     with pytest.raises(ValueError, match="sources must be 1 as in this run, got 2"):
         alone.load_state_dict(state)
+
+
+def test_resume_with_another_number_of_ranks(toys: list[Sample]) -> None:
+    """The same clips in each step; what either rank could not use is known to the one."""
+    ranks = [mixed(toys, rank, 2) for rank in range(2)]
+    for rank in ranks:
+        for _ in range(3):
+            next(rank)
+    ranks[0].sources[0]._bad[1] = ("a.mp4", "torn")
+    ranks[1].sources[0]._bad[2] = ("b.mp4", "torn")
+    ranks[1].sources[1]._bad[3] = ("c.mp4", "no sound")
+    states = [json.loads(json.dumps(rank.state_dict())) for rank in ranks]
+    one = mixed(toys, size=4)
+    one.load_state_dict(join_states(states))
+    assert one.skipped == {"a.mp4": "torn", "b.mp4": "torn", "c.mp4": "no sound"}
+    for _ in range(6):
+        left, right, both = next(ranks[0]), next(ranks[1]), next(one)
+        assert torch.equal(both["seeds"], torch.cat([left["seeds"], right["seeds"]]))
+        assert both["paths"] == left["paths"] + right["paths"]
 
 
 def test_mixed_errors(toys: list[Sample]) -> None:

@@ -267,7 +267,8 @@ def test_a_run_takes_seen_heard_and_read_batches(run):
     )
     name = "audio_encoder.encoder.layers.0.fc1.weight"
     step = (saved[name] - started[name]).abs().max()
-    assert 0 < step < 2e-4  # from stage 2's, and trained, at a rate of its own
+    heard = sum(kind == "audio_video" for kind, *_ in kinds)
+    assert 0 < step < 1.1e-4 * heard  # from stage 2's, and trained, at a rate of its own
     assert {"audio_up.0.weight", "audio_up.1.bias"} <= set(saved)
     chat = VideoChat.load(out / "run")
     assert chat.sound == SOUND

@@ -218,13 +218,38 @@ def test_another_configuration_is_refused(tmp_path):
         train(stage1(), RandomBatches(4), config)
 
 
-def test_another_number_of_processes_is_refused(tmp_path):
+def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path):
+    """From 2 to 1, with twice the batch, and back; the parts of a step are those of its end."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    finish(start(whole, ranks=2, batch_size=2))
+    stopped = start(moved, ranks=2, batch_size=2, kill_at=6)  # after the checkpoint at 2
+    for process in stopped:
+        process.communicate(timeout=120)
+    for path in checkpoints(moved):
+        if path.stem != "step_00000002":
+            path.unlink()
+    stopped = start(moved, batch_size=4, kill_at=5)  # after the checkpoint at 4
+    stopped[0].communicate(timeout=120)
+    assert latest_checkpoint(moved).stem == "step_00000004"
+    finish(start(moved, ranks=2, batch_size=2))
+    assert len(rows(whole)) == 6
+    for one, other in zip(rows(whole), rows(moved), strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
+        assert one["epoch"] == other["epoch"]
+
+
+def test_another_number_of_samples_a_step_is_refused(tmp_path):
     train(stage1(), RandomBatches(4), tiny_config(tmp_path))
     path = latest_checkpoint(tmp_path)
     state = load_training_checkpoint(path)
-    checkpoint.save_training_checkpoint(path, state | {"processes": 3})
-    with pytest.raises(ValueError, match=r"processes must equal that of .*, got 1 \(there 3\)"):
-        train(stage1(), RandomBatches(4), tiny_config(tmp_path))
+    checkpoint.save_training_checkpoint(path, state | {"ranks": state["ranks"] * 3})
+    train(stage1(), RandomBatches(4), tiny_config(tmp_path))  # 4 of one process, as of three
+    with pytest.raises(
+        ValueError,
+        match="samples of a step must equal that of .*, "
+        r"got 6 with 1 processes \(there 4 with 3\)",
+    ):
+        train(stage1(), RandomBatches(6), tiny_config(tmp_path))
 
 
 def test_broken_checkpoint_is_named(tmp_path):
