@@ -167,7 +167,7 @@ _STAGE1_TINY = TrainConfig(
     run_dir="runs/stage1-tiny",
     precision="float32",
     model=_TINY_MODEL,
-    data=replace(_TINY_DATA, batch_size=16),  # it is short of steps rather than of clips
+    data=replace(_TINY_DATA, batch_size=16),  # of 8 it finds no motion in 1,000 steps
     optim=_TINY_OPTIM,
     stage1=Stage1Config(
         clip_teacher="teacher-image-tiny",
