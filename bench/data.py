@@ -32,6 +32,7 @@ from iv2.data.clips import read_list
 from iv2.data.decode import decode, probe
 from iv2.data.proxy import ProxyConfig
 from iv2.data.shards import ShardConfig, write_shards
+from iv2.data.upright import by_short_side
 from iv2.demo_steps import real_clips
 from iv2kernels import resized_crop_normalize
 from iv2kernels.timing import interleaved, median_ratio
@@ -62,9 +63,8 @@ def decode_all(path: str, indices: Sequence[int]) -> Tensor:  # [T, H, W, 3]
         container.streams.video[0].thread_type = "NONE"
         for number, frame in enumerate(container.decode(video=0)):
             if number in wanted:
-                scale = min(1.0, SIDE / min(frame.height, frame.width))
-                size = {"height": round(frame.height * scale), "width": round(frame.width * scale)}
-                rgb = converter.reformat(frame, **size, format="rgb24", interpolation="AREA")
+                height, width = by_short_side(frame.height, frame.width, SIDE)
+                rgb = converter.reformat(frame, width, height, "rgb24", interpolation="AREA")
                 found[number] = torch.from_numpy(rgb.to_ndarray())
             if number == max(wanted):
                 break
@@ -87,9 +87,7 @@ def with_torchcodec() -> dict[str, Callable[[str, Sequence[int]], Tensor]]:
         decoder = decoder_class(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode=mode)
         frames = decoder.get_frames_at(list(indices)).data  # [T, H, W, 3]
         height, width = frames.shape[1:3]
-        scale = min(1.0, SIDE / min(height, width))
-        size = round(height * scale), round(width * scale)
-        box = (0, 0, height, width)
+        size, box = by_short_side(height, width, SIDE), (0, 0, height, width)
         return resized_crop_normalize(frames.contiguous(), box, size, dtype=torch.uint8)
 
     return {

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from iv2.data.files import write_text
+
 
 def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
     """The checkpoint of a run with the most steps, None where there is none."""
@@ -30,22 +32,6 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.removeprefix("step_"))
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all.
-
-    Raises:
-        OSError: It cannot be written; what was there is kept.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 class Log:
     """log.jsonl: one JSON line a step, in the file as soon as it is written.
 
@@ -61,7 +47,7 @@ class Log:
             whole = [line for line in lines if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["step"] <= step]
             if kept != lines:
-                replace_text(path, "".join(kept))
+                write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Log:

@@ -29,13 +29,14 @@ from iv2.checkpoint import (
 )
 from iv2.config import OptimConfig, SourceConfig, TrainConfig, differences, to_dict, to_json
 from iv2.data.clips import Sample, read_list
+from iv2.data.files import write_text
 from iv2.data.loader import Batches, VideoDataset
 from iv2.data.mixed import MixedBatches, join_states
 from iv2.distributed import World
 from iv2.distributed import world as join_world
 from iv2.models.vision import VisionEncoder
 from iv2.optim import AdamW, Schedule, num_blocks, parameter_groups
-from iv2.run_folder import Log, Progress, checkpoints, latest_checkpoint, replace_text, step_of
+from iv2.run_folder import Log, Progress, checkpoints, latest_checkpoint, step_of
 from iv2.stages.clip import ClipStage, build_clip_stage
 from iv2.stages.finetune import build_finetune, find_classes
 from iv2.stages.stage1 import build_stage1
@@ -386,7 +387,7 @@ class _Run:
         ]
         if self.world.is_main:
             content = {"step": self.step + 1, **row, "clips": clips}
-            replace_text(self.run_dir / "nonfinite.json", json.dumps(content, indent=1) + "\n")
+            write_text(self.run_dir / "nonfinite.json", json.dumps(content, indent=1) + "\n")
         named = "; ".join(f"{clip['path']} seed {clip['seed']}" for clip in clips[:16])
         more = f" and {len(clips) - 16} more in nonfinite.json" if len(clips) > 16 else ""
         raise NonFiniteLossError(
@@ -411,7 +412,7 @@ class _Run:
         self.num_skipped = len(skipped)
         rank = "" if self.world.is_main else f".{self.world.rank}"
         rows = [json.dumps({"path": path, "reason": reason}) for path, reason in skipped.items()]
-        replace_text(self.run_dir / f"skipped{rank}.jsonl", "".join(f"{row}\n" for row in rows))
+        write_text(self.run_dir / f"skipped{rank}.jsonl", "".join(f"{row}\n" for row in rows))
 
     def _prepare(self) -> int:
         """Make the folder, or load the latest checkpoint in it; returns the step to start from."""
@@ -422,17 +423,18 @@ class _Run:
         if path is not None:
             self._restore(path)
         if self.world.is_main:
-            replace_text(self.run_dir / "config.json", to_json(self.config))
+            write_text(self.run_dir / "config.json", to_json(self.config))
         return self.step
 
     def _restore(self, path: Path) -> None:
         state = load_training_checkpoint(path)
         try:
             ranks, rank = state["ranks"], self.world.rank
-            there, data = state["config"], join_states([each["data"] for each in ranks])
+            there = state["config"]
             if len(ranks) == self.world.size:
                 data = ranks[rank]["data"]
             else:  # the same samples a step may be divided otherwise
+                data = join_states([each["data"] for each in ranks])
                 step = state.get("samples_per_step", 0)
                 if step != self.samples_per_step:
                     here = f"{self.samples_per_step} with {self.world.size} processes"

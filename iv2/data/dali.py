@@ -150,7 +150,7 @@ def read_frames(video: Video, indices: Sequence[int]) -> Tensor:  # uint8 [T, H,
 
 def _check(video: Video, device_id: int | None, *, turned: bool) -> None:
     """Refuse what DALI cannot decode, or decodes into something else."""
-    coding = video.coding()
+    coding = video.coding
     known = _CPU_CODECS if device_id is None else _GPU_CODECS
     place = "CPU" if device_id is None else "GPU"
     reason = ""

@@ -16,6 +16,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -311,6 +312,7 @@ class Video:
         self._shown = list(range(count))
         self.times = [i / rate for i in range(count)]
 
+    @cached_property
     def coding(self) -> Coding:
         """What another decoder must cope with; decodes one frame."""
         context = self._stream.codec_context
@@ -337,7 +339,7 @@ class Video:
 
             return torch.from_numpy(
                 np.ascontiguousarray(
-                    upright(dali.read_frames(self, wanted).numpy(), self.coding().matrix)
+                    upright(dali.read_frames(self, wanted).numpy(), self.coding.matrix)
                 )
             )
         from iv2.data import torchcodec
@@ -349,7 +351,7 @@ class Video:
         place = (self.path, self._stream.index)
         frames, turned = torchcodec.read_frames(self._source, place, wanted, times)
         if turned:
-            a, b, c, d = self.coding().matrix
+            a, b, c, d = self.coding.matrix
             if a * d - b * c < 0:  # torchcodec knows turns alone: turned, but not mirrored
                 frames = frames.flip(1 if a else 2)
         return frames

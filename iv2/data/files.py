@@ -37,10 +37,19 @@ def is_far(path: str) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Write a small file whole or not at all.
+
+    Raises:
+        OSError: It cannot be written; what was there is kept.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _far(address: str) -> BinaryIO:

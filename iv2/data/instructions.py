@@ -67,34 +67,30 @@ def train_rows(scene: Scene, path: str, seed: int, index: int) -> dict[str, list
     asked = ask(scene, seed, index)
     rng = _rng(seed, STREAM + 2, index)
     rows: dict[str, list[dict[str, Any]]] = {}
-    about = {"attributes": scene.attributes}
-    for kind in ("video", "audio_video", "text"):
+
+    def row(kind: str, rounds: Sequence[Asked], told: str = "") -> dict[str, Any]:
+        """A conversation; behind that part of a caption, where one is told."""
+        messages = _messages(rounds, rng)
+        if told:
+            text, first = caption(scene, told, rng)[0], messages[0]
+            first["content"] = f"{VIDEO_START}{text}{VIDEO_END}\n{first['content']}"
+        return {
+            **({} if told else {"path": path}),
+            "kind": kind,
+            "messages": messages,
+            "attributes": scene.attributes,
+            "question_kinds": [one.kind for one in rounds],
+        }
+
+    for kind, told in (("video", ""), ("audio_video", ""), ("text", "all")):
         some = [one for one in asked if kind != "video" or not one.sound]
         some = [one for one in some if one.kind != "caption" or rng.random() < _CAPTIONS]
         count = -(-len(some) // _ROUNDS)
-        rows[kind] = []
-        for nth in range(count):
-            part = some[nth::count]
-            messages = _messages(part, rng)
-            if kind == "text":
-                _describe(messages, caption(scene, "all", rng)[0])
-            row: dict[str, Any] = {} if kind == "text" else {"path": path}
-            row |= {"kind": kind, "messages": messages, **about}
-            rows[kind].append(row | {"question_kinds": [one.kind for one in part]})
+        rows[kind] = [row(kind, some[nth::count], told) for nth in range(count)]
     some = [one for one in asked if one.kind not in ("caption", "yes_no")]
-    rows["words"] = []
-    for one in (*some, *every_claim(scene, rng)):
-        messages = _messages([one], rng)
-        _describe(messages, caption(scene, one.about, rng)[0])
-        row = {"kind": "text", "messages": messages, **about, "question_kinds": [one.kind]}
-        rows["words"].append(row)
+    some += every_claim(scene, rng)
+    rows["words"] = [row("text", [one], one.about) for one in some]
     return rows
-
-
-def _describe(messages: list[dict[str, str]], told: str) -> None:
-    """Put a caption where the video would be."""
-    first = messages[0]
-    first["content"] = f"{VIDEO_START}{told}{VIDEO_END}\n{first['content']}"
 
 
 def _messages(rounds: Sequence[Asked], rng: np.random.Generator) -> list[dict[str, str]]:

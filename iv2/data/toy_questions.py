@@ -22,6 +22,16 @@ _VALUES = {
     "sound": SOUNDS,
     "word": SPOKEN,
 }
+# The part of a caption that answers questions whose wordings' key has a word.
+_PARTS = {
+    "motion": "motions",
+    "sound": "sounds",
+    "heard": "sounds",
+    "word": "word",
+    "said": "word",
+    "is shape": "shape",
+    "is colour": "colour",
+}
 STREAM = 21  # keeps these draws, and those of conversations, apart from those of the clips
 
 
@@ -209,9 +219,7 @@ def _worded(target: _Target, new: bool, rng: np.random.Generator) -> Asked:
 
 def _about(key: str) -> str:
     """Which part of a caption answers a question in these wordings."""
-    parts = {"motion": "motions", "sound": "sounds", "heard": "sounds", "word": "word"}
-    parts |= {"said": "word", "is shape": "shape", "is colour": "colour"}
-    return next((part for name, part in parts.items() if name in key), "nouns")
+    return next((part for name, part in _PARTS.items() if name in key), "nouns")
 
 
 def caption(scene: Scene, part: str, rng: np.random.Generator) -> tuple[str, dict[str, list[str]]]:

@@ -16,6 +16,12 @@ Size = tuple[int, int] | int | None
 Matrix = tuple[int, int, int, int]
 
 
+def by_short_side(height: int, width: int, most: int) -> tuple[int, int]:
+    """Height and width where the shorter of the two is reduced to `most`, never enlarged."""
+    scale = min(1.0, most / min(height, width))
+    return round(height * scale), round(width * scale)
+
+
 def pixels(
     frame: Any, size: Size, first: Any, converter: VideoReformatter
 ) -> NDArray[np.uint8]:  # [H, W, 3]
@@ -23,8 +29,7 @@ def pixels(
     matrix = display_matrix(first)
     height, width = first.height, first.width
     if isinstance(size, int):
-        scale = min(1.0, size / min(height, width))
-        height, width = round(height * scale), round(width * scale)
+        height, width = by_short_side(height, width, size)
     elif size is not None:
         height, width = size if matrix[0] or matrix[3] else size[::-1]
     resized = (height, width) != (frame.height, frame.width)
@@ -73,8 +78,7 @@ def resize(
     """What `pixels` does with a size, for frames as displayed."""
     height, width = frames.shape[1:3]
     if isinstance(size, int):
-        scale = min(1.0, size / min(height, width))
-        size = round(height * scale), round(width * scale)
+        size = by_short_side(height, width, size)
     if size is None or tuple(size) == (height, width):
         return frames
     converter = VideoReformatter()

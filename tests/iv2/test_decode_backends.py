@@ -111,7 +111,7 @@ def test_the_same_frames(tmp_path: Path, backend: Backend, name: str) -> None:
     with Video(path) as video, Video(path, backend=backend) as other:
         assert other.times == video.times
         last = video.num_frames - 1
-        assert (name == "edited.mp4") == (video.num_frames < 30) == (video.coding().hidden > 0)
+        assert (name == "edited.mp4") == (video.num_frames < 30) == (video.coding.hidden > 0)
         for indices in ([last], [7, 3, 3, 20, 0], list(range(video.num_frames))):
             expected, got = video.frames(indices), other.frames(indices)
             assert got.dtype == torch.uint8

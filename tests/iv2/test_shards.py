@@ -18,7 +18,7 @@ from iv2.data import shards
 from iv2.data.audio import SoundConfig, read_sound
 from iv2.data.clips import read_list
 from iv2.data.decode import DecodeError, Video, decode
-from iv2.data.files import readable
+from iv2.data.files import readable, write_text
 from iv2.data.loader import Batches, ClipConfig, VideoDataset
 from iv2.data.proxy import ProxyConfig, write_proxy
 from iv2.data.shards import ShardConfig, write_shards
@@ -207,6 +207,23 @@ def test_a_full_disk_ends_the_run_and_blames_no_video(listing, tmp_path, monkeyp
             write_shards(listing, tmp_path / "out", SMALL)
     manifest = json.loads(write_shards(listing, tmp_path / "out", SMALL).read_text())
     assert (manifest["sources"], manifest["quarantined"]) == (5, 2)
+
+
+def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+
+    def full(self, text, **options):
+        with self.open("w") as file:
+            file.write(text[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*a\.json"):
+            write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_broken_and_missing_files_are_quarantined_when_copied(listing, tmp_path):
