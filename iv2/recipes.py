@@ -176,6 +176,7 @@ _STAGE1_TINY = TrainConfig(
         mae_teacher_path="runs/demo/teacher-video-tiny/model.safetensors",
         teacher_dtype="float32",
         mask_ratio=0.5,
+        teacher_cache_bytes=2 << 30,  # clips come whole and uncut: more than half of a step
     ),
 )
 
@@ -188,7 +189,9 @@ _STAGE1_S = replace(
     model=vision_config("s", drop_path=0.05),
     data=replace(_STAGE1_DATA, batch_size=4),
     optim=replace(_STAGE1_1B.optim, steps=10_000, warmup_steps=500),
-    stage1=replace(_STAGE1_TINY.stage1, mask_ratio=0.8, teacher_dtype="bfloat16"),
+    stage1=replace(
+        _STAGE1_TINY.stage1, mask_ratio=0.8, teacher_dtype="bfloat16", teacher_cache_bytes=0
+    ),
 )
 
 # iv2 train supervised-tiny --data.path runs/toy/list.jsonl
