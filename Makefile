@@ -42,6 +42,7 @@ test: $(VENV)/installed
 gates: $(VENV)/installed
 	$(BIN)/python -m tests.gates.report
 	$(BIN)/python -m tests.gates
+	$(BIN)/python -m tests.gates.space
 	$(BIN)/python -m tests.gates.cuda_resources
 
 bench: $(VENV)/installed
