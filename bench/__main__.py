@@ -119,7 +119,8 @@ def measure(case: Case, isas: Sequence[str], options: Options) -> list[Any]:
             "memory_less": memory["eager"] / memory[name] if memory[name] else math.inf,
             "error": error.get(name),
         }
-        for other in ("eager", "compile", "library"):
+        peers = () if case.device == "cpu" else tuple(dispatch.LIBRARIES)
+        for other in ("eager", "compile", "library", *peers):
             if other in calls:
                 row[f"x_{other}"] = median_ratio(forward[other], forward[name])
                 row[f"x_{other}_both"] = median_ratio(both[other], both[name])

@@ -26,8 +26,8 @@ class CudaClock:
 
     Args:
         flush: Write over the L2 cache before each call, so that no candidate finds its inputs
-            there. A kernel of some microseconds then does not wait for its launch either: writing
-            takes longer than Python does.
+            there. A short kernel then seldom waits for its launch either: Python goes on while the
+            GPU writes.
     """
 
     def __init__(self, flush: bool = False) -> None:

@@ -133,6 +133,28 @@ def test_between_two_sizes_the_larger_counts():
         dispatch.choose("add_rms_norm", x, "reference", refuses)
 
 
+def test_choices_by_size_compile_as_a_whole():
+    dispatch.TUNED[KEY] = (
+        dispatch.Tuned(16, 4, "reference"),
+        dispatch.Tuned(16, 64, "native"),
+    )
+    weight = torch.ones(16)
+    frames = []
+
+    def backend(graph, _):
+        frames.append([node.name for node in graph.graph.nodes if "add_rms_norm" in node.name])
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x: iv2kernels.rms_norm(x, weight), fullgraph=True, dynamic=True, backend=backend
+    )
+    for rows in (2, 3, 50, 60):
+        x = torch.randn(rows, 16)
+        torch.testing.assert_close(compiled(x), iv2kernels.rms_norm(x, weight, impl="reference"))
+    assert len(frames) == 2  # one on either side of four rows
+
+
 # Seconds of a call on a GPU, as if measured.
 SECONDS = {"reference": 9.0, "triton": 2.0, "torch": 1.5, "cudnn": 1.0, "flash_attn": 1.2}
 

@@ -57,13 +57,13 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
 _ALTERNATIVES = (
     (
         64,
-        Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        Tiles(Tile(128, 32, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
         Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3)),
     ),
     (
         128,
-        Tiles(Tile(64, 64, 4, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
-        Tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        Tiles(Tile(64, 32, 4, 3), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+        Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(64, 16, 4, 3)),
     ),
 )
 
