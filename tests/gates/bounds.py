@@ -1,8 +1,8 @@
 """The least time that a kernel can take on a GPU, by the rates of its datasheet: no measurement.
 
 A kernel does its multiplications and additions at the highest rate, and reads and writes each
-element that it must once, both at the same time. No kernel does; how far one is from it only a GPU
-can tell.
+element that it must once, in memory and not in a cache, both at the same time. No kernel does; how
+far one is from it only a GPU can tell.
 """
 
 from __future__ import annotations
