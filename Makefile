@@ -9,7 +9,7 @@ STAGE ?= 1
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*)
 TEST_CXX_FILES := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.cu)
 
-.PHONY: demo learn test gates sanitize check bench format clean
+.PHONY: demo learn test gates sanitize check bench gpu format clean
 
 $(VENV)/base: Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -37,13 +37,22 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
-# The kernels compiled for each GPU, none needed, and held to the budgets in tests/gates.
+# The least times of the kernels by datasheets, and build/gates.html; then the kernels compiled for each
+# GPU, none needed, and held to the budgets in tests/gates.
 gates: $(VENV)/installed
+	$(BIN)/python -m tests.gates.report
 	$(BIN)/python -m tests.gates
+	$(BIN)/python -m tests.gates.space
 	$(BIN)/python -m tests.gates.cuda_resources
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench
+
+# All that needs a GPU, in 8 minutes: the tests, then the bench, to bench/results/<gpu>.csv.
+gpu: $(VENV)/installed
+	status=0; $(BIN)/python -m tests.gpu --minutes 4 || status=1; \
+	$(BIN)/python -m bench --device cuda --dtypes bfloat16 --no-compile --seconds 0.5 --minutes 3 \
+		|| status=1; exit $$status
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own.
 SANITIZED := build/sanitized

@@ -10,9 +10,11 @@ import csv
 import json
 import math
 import platform
+import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ import tyro
 
 from bench import base, plot
 from bench.cases import Call, Case, accuracy, candidates, cases
-from bench.measure import best, floor_seconds, peak_memory, peaks, spread, times_of
+from bench.measure import best, clock_for, floor_seconds, peak_memory, peaks, spread, times_of
 from iv2kernels import _C, dispatch
 from iv2kernels.timing import median_ratio
 
@@ -36,6 +38,10 @@ class Options:
     ops: tyro.conf.Positional[tuple[str, ...]] = ()
     # float32, bfloat16, float16
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    # cpu, or cuda: the cases of a GPU, timed by events, written to results/<gpu>.csv
+    device: str = "cpu"
+    # Start no new case after so many minutes.
+    minutes: float = math.inf
     # Instruction sets of our kernels; none: the widest; all: every one that this machine runs.
     isas: tuple[str, ...] = ()
     # Time torch.compile of the reference too; compiling takes seconds for each case.
@@ -52,13 +58,26 @@ class Options:
     plot: Path | None = None
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What the numbers hold for."""
+    if device != "cpu":
+        versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
+        return {"gpu": torch.cuda.get_device_name(), **versions, "commit": _commit()}
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
         cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "isas": _C.available_isas(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
     asked = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=Path(__file__).parent,
@@ -66,13 +85,7 @@ def machine() -> dict[str, Any]:
         text=True,
         check=False,
     )
-    return {
-        "cpu": cpu,
-        "isas": _C.available_isas(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": asked.stdout.strip() or None,
-    }
+    return asked.stdout.strip() or None
 
 
 def measure(case: Case, isas: Sequence[str], options: Options) -> list[Any]:
@@ -84,12 +97,12 @@ def measure(case: Case, isas: Sequence[str], options: Options) -> list[Any]:
         if why is not None:
             wrong.append({**_head(case, name), "wrong": why})
             del calls[name]
-    before = peaks()
-    forward, both = times_of(calls, options.seconds)
-    peak = best(before, peaks())
+    before = peaks(case.device)
+    forward, both = times_of(calls, options.seconds, clock_for(case.device))
+    peak = best(before, peaks(case.device))
     flops, size = case.work()
     floor = floor_seconds((flops, size), case.dtype, peak)
-    memory = {name: peak_memory(call.both) for name, call in calls.items()}
+    memory = {name: peak_memory(call.both, case.device) for name, call in calls.items()}
     for name, call in calls.items():
         seconds = statistics.median(forward[name])
         row = {
@@ -106,7 +119,8 @@ def measure(case: Case, isas: Sequence[str], options: Options) -> list[Any]:
             "memory_less": memory["eager"] / memory[name] if memory[name] else math.inf,
             "error": error.get(name),
         }
-        for other in ("eager", "compile", "library"):
+        peers = () if case.device == "cpu" else tuple(dispatch.LIBRARIES)
+        for other in ("eager", "compile", "library", *peers):
             if other in calls:
                 row[f"x_{other}"] = median_ratio(forward[other], forward[name])
                 row[f"x_{other}_both"] = median_ratio(both[other], both[name])
@@ -131,10 +145,7 @@ def _rows(call: Call) -> int:
 
 def _judged(case: Case, name: str, row: dict[str, Any], rows: int) -> list[dict[str, Any]]:
     """The goals of the case, for the candidate that dispatch would take."""
-    stem = getattr(case.page, "STEM", case.op)
-    chosen = dispatch.default(stem, "cpu", getattr(torch, case.dtype), rows)
-    names = {"native": f"native {_C.available_isas()[-1]}", "reference": "eager"}
-    if name != names.get(chosen, chosen):
+    if name != case.default(rows):
         return []
     return [
         {"column": c, "least": least, "value": row[c], "met": row[c] >= least}
@@ -164,14 +175,15 @@ def show(row: dict[str, Any]) -> str:
     return f"{head} {' '.join(cells)}  {'  '.join(ratios)}  {'; '.join(goals)}".rstrip()
 
 
-def geometric_mean(rows: list[dict[str, Any]]) -> float | None:
-    """Of x_eager_both of the candidates that dispatch would take."""
-    widest = f"native {_C.available_isas()[-1]}"
-    ours = [r["x_eager_both"] for r in rows if r["candidate"] == widest and "wrong" not in r]
+def geometric_mean(rows: list[dict[str, Any]], device: str = "cpu") -> float | None:
+    """Of x_eager_both of the kernels that dispatch prefers."""
+    ours = f"native {_C.available_isas()[-1]}" if device == "cpu" else "triton"
+    ours = [r["x_eager_both"] for r in rows if r["candidate"] == ours and "wrong" not in r]
     return math.exp(statistics.mean(map(math.log, ours))) if ours else None
 
 
 def run_all(options: Options) -> Iterator[dict[str, Any]]:
+    began, left = time.monotonic(), []
     known = _C.available_isas()
     isas = known if options.isas == ("all",) else options.isas or known[-1:]
     for isa in isas:
@@ -179,20 +191,44 @@ def run_all(options: Options) -> Iterator[dict[str, Any]]:
             raise ValueError(f"bench: isa must be one of {', '.join(known)} or all, got {isa}")
     before = _C.isa()
     try:
-        for case in cases(options.ops, options.dtypes):
-            yield from measure(case, isas, options)
+        for case in cases(options.ops, options.dtypes, options.device):
+            if time.monotonic() - began > 60 * options.minutes:
+                left.append(case)
+                continue
+            yield from _measured(case, isas, options)
     finally:
         dispatch.set_isa(before)
+    if left:
+        print(
+            f"not timed, {options.minutes:g} minutes are over: {len(left)} cases "
+            f"from {left[0].name}"
+        )
+
+
+def _measured(case: Case, isas: Sequence[str], options: Options) -> list[Any]:
+    if case.device == "cpu":
+        return measure(case, isas, options)
+    try:
+        return measure(case, isas, options)
+    except torch.OutOfMemoryError:
+        return [{**_head(case, "all"), "wrong": "out of memory"}]
+    finally:
+        torch.cuda.empty_cache()
 
 
 def main(options: Options) -> None:
     """Print the table, and its geometric mean last."""
-    list(cases(options.ops, options.dtypes))  # names are checked before anything is timed
+    if options.device not in ("cpu", "cuda"):
+        raise ValueError(f"bench: device must be cpu or cuda, got {options.device}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench: device must be one of this machine, got cuda and no GPU")
+    # names are checked before anything is timed
+    list(cases(options.ops, options.dtypes, options.device))
     if options.base is not None:
         base.compare(options.base, options.ops, options.dtypes, options.seconds)
         return
-    about = machine()
-    print(f"{about['cpu']}, {about['threads']} threads")
+    about = machine(options.device)
+    print(about.get("gpu") or f"{about['cpu']}, {about['threads']} threads")
     print(
         f"{'op':24s} {'shape':24s} {'dtype':9s} {'candidate':19s} "
         + " ".join(f"{c:>9.9s}" for c in ("fwd ms", "both ms", "% peak", "MB", "error"))
@@ -206,7 +242,7 @@ def main(options: Options) -> None:
     about["peaks"] = best(*measured) if measured else {}
     found = ", ".join(f"{name} {value:.0f}" for name, value in about["peaks"].items())
     print(f"best GFLOP/s and GB/s measured meanwhile: {found}")
-    mean = geometric_mean(rows)
+    mean = geometric_mean(rows, options.device)
     goals = [g for row in rows for g in row.get("goals", [])]
     if mean is not None:
         print(f"goals met: {sum(g['met'] for g in goals)} of {len(goals)}")
@@ -214,16 +250,29 @@ def main(options: Options) -> None:
     if options.json:
         content = {"machine": about, "rows": rows, "geometric_mean": mean}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if options.csv:
-        columns = dict.fromkeys(c for row in rows for c in row)
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            columns.pop("peaks", None)
-            writer = csv.DictWriter(file, list(columns), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+    if "gpu" in about:
+        write_csv(rows, options.csv or gpu_csv(about["gpu"]), about)
+    elif options.csv:
+        write_csv(rows, options.csv, {})
     if options.plot:
         options.plot.mkdir(parents=True, exist_ok=True)
         plot.write(rows, options.plot)
+
+
+def gpu_csv(name: str) -> Path:
+    """results/nvidia-h100-80gb-hbm3.csv for "NVIDIA H100 80GB HBM3"."""
+    stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return Path(__file__).parent / "results" / f"{stem}.csv"
+
+
+def write_csv(rows: list[dict[str, Any]], path: Path, about: dict[str, Any]) -> None:
+    """The table, every row with what it holds for."""
+    about = {name: value for name, value in about.items() if name != "peaks"}
+    columns = dict.fromkeys([*(c for row in rows for c in row if c != "peaks"), *about])
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row | about for row in rows)
 
 
 if __name__ == "__main__":

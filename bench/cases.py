@@ -1,8 +1,10 @@
 """The cases of the bench, one per op, shape and dtype, and the candidates that are timed on each.
 
 A page ``bench/ops/<op>.py`` gives ``SHAPES``, ``WRT``, ``inputs`` and ``work``, and may give ``OP``
-(the public name), ``DTYPES``, ``library(shape)``, which returns the strongest library call of the
-same arguments, and ``goals(shape, dtype)``, the least value of columns of the table.
+(the public name), ``DTYPES``, ``GPU_SHAPES`` (for a GPU, in place of ``SHAPES``),
+``backward_work`` (as ``work``, of the backward pass alone), ``library(shape)``, which returns the
+strongest library call of the same arguments, and ``goals(shape, dtype)``, the least value of
+columns of the table on a CPU.
 """
 
 from __future__ import annotations
@@ -10,15 +12,15 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 import iv2kernels
-from iv2kernels import dispatch
+from iv2kernels import _C, dispatch
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from compare import assert_as_accurate, errors, run
@@ -31,6 +33,7 @@ class Case:
     op: str
     shape: tuple[Any, ...]
     dtype: str
+    device: str = "cpu"
 
     @property
     def page(self) -> ModuleType:
@@ -49,7 +52,7 @@ class Case:
         return tuple(self.page.WRT)
 
     def inputs(self) -> dict[str, Any]:
-        return self.page.inputs(self.shape, getattr(torch, self.dtype))  # type: ignore[no-any-return]
+        return on_device(self.page.inputs(self.shape, getattr(torch, self.dtype)), self.device)
 
     def work(self) -> tuple[int, int]:
         """Flops and bytes of the forward pass."""
@@ -57,7 +60,38 @@ class Case:
 
     def goals(self) -> dict[str, float]:
         goals = getattr(self.page, "goals", None)
-        return goals(self.shape, self.dtype) if goals else {}
+        return goals(self.shape, self.dtype) if goals and self.device == "cpu" else {}
+
+    def default(self, rows: int) -> str:
+        """The candidate that dispatch would take for a first tensor of so many rows."""
+        chosen = dispatch.default(stem(self.page), self.device, getattr(torch, self.dtype), rows)
+        if chosen == "native" and self.device == "cpu":
+            return f"native {_C.available_isas()[-1]}"
+        return "eager" if chosen == "reference" else chosen
+
+
+def stem(page: ModuleType) -> str:
+    """The op's row in dispatch."""
+    return getattr(page, "STEM", page.__name__.rsplit(".", 1)[1])  # type: ignore[no-any-return]
+
+
+def on_device(inputs: dict[str, Any], device: str) -> dict[str, Any]:
+    """The arguments on a device, views of one tensor there as here; lists of blocks stay."""
+    if device == "cpu":
+        return inputs
+    bases: dict[int, torch.Tensor] = {}
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, iv2kernels.Rope3d) and value.ids is not None:
+            return replace(value, ids=moved(value.ids))
+        if not torch.is_tensor(value):
+            return value
+        if value._base is None:
+            return value.to(device)
+        base = bases.setdefault(id(value._base), value._base.to(device))
+        return base.as_strided(value.shape, value.stride(), value.storage_offset())
+
+    return {name: moved(value) for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -100,7 +134,7 @@ def _leaf(value: Any, needs: bool) -> Any:
     return value
 
 
-def cases(ops: Sequence[str], dtypes: Sequence[str]) -> Iterator[Case]:
+def cases(ops: Sequence[str], dtypes: Sequence[str], device: str = "cpu") -> Iterator[Case]:
     """All cases of some ops; of all when none is named.
 
     Raises:
@@ -114,9 +148,13 @@ def cases(ops: Sequence[str], dtypes: Sequence[str]) -> Iterator[Case]:
             raise ValueError(f"bench: dtype must be float32, bfloat16 or float16, got {dtype}")
     for op in ops or OPS:
         page = importlib.import_module(f"bench.ops.{op}")
+        known = dispatch.available(stem(page), device, torch.bfloat16)
+        if device != "cpu" and "yes" not in [known[impl] for impl in known if impl != "reference"]:
+            continue  # no kernel there
+        shapes = page.SHAPES if device == "cpu" else getattr(page, "GPU_SHAPES", page.SHAPES)
         for dtype in getattr(page, "DTYPES", dtypes):
-            for shape in page.SHAPES:
-                yield Case(op, shape, dtype)
+            for shape in shapes:
+                yield Case(op, shape, dtype, device)
 
 
 def candidates(case: Case, isas: Sequence[str], *, compiled: bool) -> dict[str, Call]:
@@ -133,18 +171,25 @@ def candidates(case: Case, isas: Sequence[str], *, compiled: bool) -> dict[str, 
     library = getattr(case.page, "library", None)
     if library is not None:
         found["library"] = Call(library(case.shape), inputs, wrt)
-    known = dispatch.available(_stem(case), "cpu", getattr(torch, case.dtype))
-    if known["torch"] == "yes":
-        found["torch"] = Call(ours("torch"), inputs, wrt)
-    if known["native"] == "yes":
-        for isa in isas:
-            found[f"native {isa}"] = Call(ours("native"), inputs, wrt, isa)
+    known = dispatch.available(stem(case.page), case.device, getattr(torch, case.dtype))
+    for impl in get_args(dispatch.Impl):
+        if impl == "reference" or known[impl] != "yes":
+            continue
+        if impl == "native" and case.device == "cpu":
+            for isa in isas:
+                found[f"native {isa}"] = Call(ours(impl), inputs, wrt, isa)
+        elif _takes(ours(impl), inputs, impl):
+            found[impl] = Call(ours(impl), inputs, wrt)
     return found
 
 
-def _stem(case: Case) -> str:
-    """The op's row in dispatch."""
-    return getattr(case.page, "STEM", case.op)  # type: ignore[no-any-return]
+def _takes(call: Callable[..., Any], inputs: dict[str, Any], impl: str) -> bool:
+    """Whether an implementation takes these arguments; a library may have no kernel for a GPU."""
+    try:
+        call(**inputs)
+    except RuntimeError as error:
+        return impl not in dispatch.LIBRARIES and not isinstance(error, dispatch.UnsupportedError)
+    return True
 
 
 def accuracy(case: Case, call: Call) -> tuple[float, str | None]:
@@ -155,9 +200,12 @@ def accuracy(case: Case, call: Call) -> tuple[float, str | None]:
         return case.call(**i, impl="reference")
 
     call._enter()
-    got, expected = run(call.function, inputs, wrt), run(eager, inputs, wrt)
     exact = inputs | {"dtype": torch.float64} if "dtype" in inputs else inputs
-    truth = run(eager, exact, wrt, torch.float64)
+    try:
+        got = run(call.function, inputs, wrt)
+    except RuntimeError as error:
+        return float("nan"), f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    expected, truth = run(eager, inputs, wrt), run(eager, exact, wrt, torch.float64)
     worst = 0.0
     for name, value in got.items():
         if not value.is_floating_point():

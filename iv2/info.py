@@ -49,9 +49,11 @@ def _ops() -> dict[str, dict[str, Any]]:
         # masks take int64 seeds, the resize uint8 frames; the rest is floating point
         dtype = {"masks": torch.int64, "resized_crop_normalize": torch.uint8}.get(op, torch.float32)
         x = torch.empty(0, dtype=dtype, device=device)
+        tuned = dispatch.TUNED.get((op, device, dtype), ())
         table[op] = {
             "uses": dispatch.choose(op, x),
-            "tuned": (op, device, dtype) in dispatch.TUNED,
+            # where tune() found another than that, at some size
+            "tuned": sorted({row.impl for row in tuned}),
             "implementations": dispatch.available(op, device, dtype),
         }
     return table
@@ -101,7 +103,13 @@ def as_text() -> str:
     lines.append(f"{'decoders':20s} {', '.join(found)}")
     lines.append("")
     for op, row in page["ops"].items():
-        reasons = [f"{n}: {why}" for n, why in row["implementations"].items() if why != "yes"]
-        uses = f"{row['uses']}{' (tuned)' if row['tuned'] else ''}"
+        known = dispatch.LIBRARIES
+        reasons = [
+            f"{name}: {why}"
+            for name, why in row["implementations"].items()
+            if why != "yes" and op in known.get(name, (op,))
+        ]
+        tuned = f", tuned: {' '.join(row['tuned'])}" if row["tuned"] else ""
+        uses = f"{row['uses']}{tuned}"
         lines.append(f"{op:26s} {uses:18s} {'; '.join(reasons)}")
     return "\n".join(lines)

@@ -1,10 +1,10 @@
 """Which implementation of an op runs, and why.
 
-An op has up to four implementations: ``reference`` (plain PyTorch, autograd differentiates it),
-``native`` (csrc), ``triton``, and ``torch`` (a library call). The choice is, in this order: the
-``impl=`` argument, ``use(...)``, the environment variable ``IV2_IMPL``, what ``tune`` found on this
-machine, and the first row of ``PREFER`` that can run. A choice made by name never falls back: it
-raises when it cannot run.
+An op has ``reference`` (plain PyTorch, autograd differentiates it) and may have ``native`` (csrc),
+``triton``, and library calls: ``torch`` (on a GPU its SDPA's FlashAttention), ``cudnn`` and
+``flash_attn``. The choice is, in this order: the ``impl=`` argument, ``use(...)``, the environment
+variable ``IV2_IMPL``, what ``tune`` found on this machine, and the first row of ``PREFER`` that can
+run. A choice made by name never falls back: it raises when it cannot run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Impl = Literal["reference", "native", "triton", "torch"]
+Impl = Literal["reference", "native", "triton", "torch", "cudnn", "flash_attn"]
 
 _C_ERROR: str | None = None
 try:
@@ -44,7 +44,7 @@ class From(NamedTuple):
 # kernel moves and what it compiles to (tests/gates): no GPU has timed them.
 PREFER: dict[str, dict[str, tuple[Impl | From, ...]]] = {
     "add_rms_norm": {"cpu": ("native",), "cuda": ("triton", "native")},
-    "attention": {"cpu": ("native",), "cuda": ("triton",)},
+    "attention": {"cpu": ("native",), "cuda": ("triton", "torch", "cudnn", "flash_attn")},
     "spatiotemporal_attention": {"cpu": ("native",), "cuda": ("triton",)},
     # on a GPU eager's GEMM is the vendor's, and adds the bias itself
     "linear": {"cpu": ("torch",)},
@@ -66,11 +66,25 @@ PREFER: dict[str, dict[str, tuple[Impl | From, ...]]] = {
 
 # Op, device type, dtype.
 Key = tuple[str, str, torch.dtype]
-# What iv2kernels/tuning.py found or read.
-TUNED: dict[Key, Impl] = {}
+
+
+class Tuned(NamedTuple):
+    """What is the fastest for tensors of this size: x.shape[-1], and how many such rows."""
+
+    width: int
+    rows: int
+    impl: Impl
+
+
+# What iv2kernels/tuning.py found or read, of rising rows.
+TUNED: dict[Key, tuple[Tuned, ...]] = {}
 
 # Native kernels take these; float64 goes to the reference.
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class UnsupportedError(RuntimeError):
+    """An implementation asked for by name runs here, but does not take such arguments."""
 
 
 class _Choice(threading.local):
@@ -106,20 +120,27 @@ def use(impl: Impl | None) -> Iterator[None]:
         _choice.impl = before
 
 
-def _folder(impl: str) -> str:
-    # Not `torch`: a submodule of that name would shadow the library in this package.
-    return "library" if impl == "torch" else impl
+# Those that are not ours: which op's calls are for which device. They share a file for each op.
+LIBRARIES: dict[str, dict[str, str]] = {
+    "torch": {"linear": "cpu", "attention": "cuda"},
+    "cudnn": {"attention": "cuda"},
+    "flash_attn": {"attention": "cuda"},
+}
+
+
+def _module(op: str, impl: str) -> str:
+    return f"iv2kernels.{'library' if impl in LIBRARIES else impl}.{op}"
 
 
 def _exists(op: str, impl: str) -> bool:
-    return importlib.util.find_spec(f"iv2kernels.{_folder(impl)}.{op}") is not None
+    if impl in LIBRARIES:
+        return op in LIBRARIES[impl]
+    return importlib.util.find_spec(_module(op, impl)) is not None
 
 
 # Which modules this build has, read once: Dynamo can follow a dict, not an import.
 _HAS: dict[tuple[str, str], bool] = {
-    (op, impl): impl == "reference" or _exists(op, impl)
-    for op in PREFER
-    for impl in ("reference", "native", "triton", "torch")
+    (op, impl): impl == "reference" or _exists(op, impl) for op in PREFER for impl in get_args(Impl)
 }
 
 
@@ -144,6 +165,9 @@ _NO_TRITON = _triton_reasons()
 _SCALAR_ONLY: list[bool] = [_C_ERROR is None and _C.isa() == "scalar"]
 
 
+# Before iv2kernels.compat may put a package of that name over our ops.
+_HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+
 # What csrc/cuda must have for an op to be native on a GPU.
 _ON_CUDA = {
     "add_rms_norm": ("add_rms_norm_fwd", "add_rms_norm_bwd"),
@@ -167,7 +191,12 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
         return f"{op} has no implementation {impl} in this build"
     if impl == "native" and _C_ERROR is not None:
         return _C_ERROR
-    if impl == "triton" and device in _NO_TRITON:
+    if impl in LIBRARIES:
+        if LIBRARIES[impl][op] != device:
+            return f"{op} calls {impl} for {LIBRARIES[impl][op]} tensors, got {device}"
+        if impl == "flash_attn" and not _HAS_FLASH_ATTN:
+            return "flash-attn is not installed"
+    elif impl == "triton" and device in _NO_TRITON:
         if _NO_TRITON[device] is not None:
             return _NO_TRITON[device]
     elif device != "cpu" and not (impl == "native" and device == "cuda" and op in _NATIVE_ON_CUDA):
@@ -177,8 +206,17 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def choose(op: str, x: Tensor, impl: Impl | None = None) -> Impl:
+Refuses = Callable[[str], "str | None"]
+
+
+def choose(op: str, x: Tensor, impl: Impl | None = None, refuses: Refuses | None = None) -> Impl:
     """The implementation that runs ``op`` on tensors like ``x``.
+
+    Args:
+        op: Its row in ``PREFER``.
+        x: The tensor that tells device, dtype and size.
+        impl: Asked for by name.
+        refuses: Gives the reason why an implementation does not take the other arguments, or None.
 
     Raises:
         ValueError: impl is not the name of an implementation.
@@ -189,14 +227,44 @@ def choose(op: str, x: Tensor, impl: Impl | None = None) -> Impl:
         reason = why_not(op, _named(asked, f"{op}: impl"), x.device.type, x.dtype)
         if reason is not None:
             raise RuntimeError(f"{op}: implementation {asked} cannot run: {reason}")
+        reason = None if refuses is None else refuses(asked)
+        if reason is not None:
+            raise UnsupportedError(f"{op}: implementation {asked} cannot run: {reason}")
         return asked
     key = (op, x.device.type, x.dtype)
-    for calls in _recorders:
-        calls.append(key)
-    return TUNED[key] if key in TUNED else default(*key, x.shape[0] if x.dim() else 1)
+    if _recorders:
+        for calls in _recorders:
+            calls.append((key, *_size(x)))
+    if TUNED:  # sizes are guards of compiled code: not looked at without need
+        found = tuned(key, *_size(x)) if key in TUNED else None
+        if found is not None and (refuses is None or refuses(found) is None):
+            return found
+    return default(*key, x.shape[0] if x.dim() else 1, refuses)
 
 
-def default(op: str, device: str, dtype: torch.dtype, rows: int | None = None) -> Impl:
+def _size(x: Tensor) -> tuple[int, int]:
+    """Its last axis, and how many such rows."""
+    return (x.shape[-1], x.shape[:-1].numel()) if x.dim() else (1, 1)
+
+
+def tuned(key: Key, width: int, rows: int) -> Impl | None:
+    """What was the fastest at this width, at the next larger number of rows or the largest."""
+    found = None
+    for entry in TUNED.get(key, ()):
+        if entry.width == width:
+            found = entry.impl
+            if rows <= entry.rows:
+                break
+    return found
+
+
+def default(
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    rows: int | None = None,
+    refuses: Refuses | None = None,
+) -> Impl:
     """The first row of ``PREFER`` that can run; rows None: for tensors of many rows."""
     for row in PREFER[op].get(device, ()):
         if isinstance(row, From):
@@ -208,18 +276,22 @@ def default(op: str, device: str, dtype: torch.dtype, rows: int | None = None) -
         # The scalar build is for correctness; torch's own kernels are faster there.
         if candidate == "native" and device == "cpu" and _SCALAR_ONLY[0]:
             continue
-        if why_not(op, candidate, device, dtype) is None:
+        if why_not(op, candidate, device, dtype) is not None:
+            continue
+        if refuses is None or refuses(candidate) is None:
             return candidate
     return "reference"
 
 
-_recorders: list[list[Key]] = []
+# Key, width and rows.
+Call = tuple[Key, int, int]
+_recorders: list[list[Call]] = []
 
 
 @contextmanager
-def recording() -> Iterator[list[Key]]:
+def recording() -> Iterator[list[Call]]:
     """A list that every choice left to dispatch is appended to."""
-    calls: list[Key] = []
+    calls: list[Call] = []
     _recorders.append(calls)
     try:
         yield calls
@@ -257,7 +329,7 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     op = name.rsplit("_", 1)[0]
 
     def run(*args: Any) -> Any:
-        module = importlib.import_module(f"iv2kernels.{_folder(args[-1])}.{op}")
+        module = importlib.import_module(_module(op, args[-1]))
         function = getattr(module, name)
         first = next(arg for arg in args if isinstance(arg, Tensor))
         if not first.is_cuda:

@@ -14,8 +14,9 @@ import iv2kernels as k
 from bench import distributed, steps
 from bench.cases import Call, Case, accuracy, candidates, cases
 from bench.measure import floor_seconds, peak_memory, spread
-from iv2kernels import _C
+from iv2kernels import _C, dispatch
 from iv2kernels.native import add_rms_norm as native
+from iv2kernels.timing import wall
 
 CASE = Case("add_rms_norm", (2, 30, 64), "float32")
 WIDEST = f"native {_C.available_isas()[-1]}"
@@ -24,7 +25,9 @@ WIDEST = f"native {_C.available_isas()[-1]}"
 @pytest.fixture
 def _small(monkeypatch):
     monkeypatch.setattr(CASE.page, "SHAPES", [CASE.shape])
-    monkeypatch.setattr(bench, "peaks", lambda: {"float32": 100.0, "bfloat16": 200.0, "copy": 20.0})
+    monkeypatch.setattr(
+        bench, "peaks", lambda device: {"float32": 100.0, "bfloat16": 200.0, "copy": 20.0}
+    )
 
 
 def options(**changed):
@@ -60,6 +63,60 @@ def test_table_json_csv_and_charts(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "x_eager_both >= 5" in printed
     assert printed.rstrip().splitlines()[-1].startswith("geometric mean of x eager")
+
+
+def on_a_gpu(monkeypatch):
+    """Where there is none: tensors stay here, so that no kernel for GPUs takes them."""
+    answers = {"is_available": True, "get_device_name": "NVIDIA A1 80GB (PCIe)"}
+    answers |= {"memory_allocated": 1e6, "max_memory_allocated": 6e6}
+    answers |= dict.fromkeys(("reset_peak_memory_stats", "empty_cache"))
+    for name, value in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr("bench.cases.on_device", lambda inputs, device: inputs)
+    monkeypatch.setattr(bench, "clock_for", lambda device: wall)
+    monkeypatch.setattr(CASE.page, "GPU_SHAPES", [CASE.shape])
+    monkeypatch.setattr(dispatch, "_NO_TRITON", {"cuda": None, "cpu": "Triton is for GPUs"})
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_gpu_s_table(monkeypatch, tmp_path, capsys):
+    on_a_gpu(monkeypatch)
+    bench.main(options(device="cuda", csv=tmp_path / "a.csv"))
+    with (tmp_path / "a.csv").open() as file:
+        rows = {row["candidate"]: row for row in csv.DictReader(file)}
+    assert {"eager", "triton"} <= rows.keys()
+    assert not any(name.startswith("native ") for name in rows)
+    assert float(rows["eager"]["forward_ms"]) > 0
+    assert float(rows["eager"]["memory_mb"]) == 5
+    assert rows["eager"]["gpu"] == "NVIDIA A1 80GB (PCIe)"
+    assert rows["eager"]["torch"] == torch.__version__
+    assert "cannot run: Triton is for GPUs" in rows["triton"]["wrong"]
+    assert not rows["triton"]["forward_ms"]
+    printed = capsys.readouterr().out
+    assert printed.startswith("NVIDIA A1 80GB (PCIe)\n")
+    assert "RuntimeError: add_rms_norm: implementation triton cannot run" in printed
+    assert bench.gpu_csv("NVIDIA A1 80GB (PCIe)").name == "nvidia-a1-80gb-pcie.csv"
+    bench.main(options(device="cuda", csv=tmp_path / "a.csv", minutes=0.0))
+    assert "not timed, 0 minutes are over: 1 cases from add_rms_norm" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_gpu_too_small_is_told(monkeypatch, tmp_path, capsys):
+    on_a_gpu(monkeypatch)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(bench, "candidates", full)
+    bench.main(options(device="cuda", csv=tmp_path / "a.csv"))
+    assert "WRONG, not timed: out of memory" in capsys.readouterr().out
+
+
+def test_a_library_without_a_kernel_is_no_candidate(monkeypatch):
+    on_a_gpu(monkeypatch)
+    case = Case("attention", (1, 9, 1, 64), "bfloat16", "cuda")
+    calls = candidates(case, [], compiled=False)  # the tensors are a CPU's: no library takes them
+    assert set(calls) == {"eager", "library", "triton"}
 
 
 @pytest.mark.usefixtures("_small")
@@ -157,10 +214,17 @@ def test_errors():
     for changed, match in (
         ({"ops": ("nothing",)}, "op must be one of add_rms_norm, .* got nothing"),
         ({"dtypes": ("int8",)}, "dtype must be float32, bfloat16 or float16, got int8"),
+        ({"device": "tpu"}, "device must be cpu or cuda, got tpu"),
         ({"base": "no-such-commit"}, "base must be a commit of this repository, got no-such"),
     ):
         with pytest.raises(ValueError, match=match):
             bench.main(options(**changed))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu():
+    with pytest.raises(ValueError, match="device must be one of this machine, got cuda and no GPU"):
+        bench.main(options(device="cuda"))
 
 
 def test_from_the_command_line():

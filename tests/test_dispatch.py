@@ -119,6 +119,20 @@ def test_what_a_gpu_prefers():
     assert dispatch.default("masks", "cuda", torch.int64) == native
 
 
+def test_libraries_are_for_a_gpu_and_attention(monkeypatch):
+    monkeypatch.setattr(dispatch, "_NO_TRITON", {"cuda": "no Triton", "cpu": "no Triton"})
+    assert dispatch.default("attention", "cuda", torch.bfloat16) == "torch"
+    takes_lse = {"torch": "no", "cudnn": "no", "flash_attn": "no"}.get
+    assert dispatch.default("attention", "cuda", torch.bfloat16, 1, takes_lse) == "reference"
+    on_cpu = k.available("attention")
+    for name in dispatch.LIBRARIES:
+        assert on_cpu[name] == f"attention calls {name} for cuda tensors, got cpu"
+    assert k.available("linear", "cuda")["torch"] == "linear calls torch for cpu tensors, got cuda"
+    assert k.available("mlp")["cudnn"] == "mlp has no implementation cudnn in this build"
+    monkeypatch.setattr(dispatch, "_HAS_FLASH_ATTN", False)
+    assert k.available("attention", "cuda")["flash_attn"] == "flash-attn is not installed"
+
+
 def test_one_openmp_runtime():
     code = (
         "import iv2kernels as k, torch; k.rms_norm(torch.ones(64, 64), torch.ones(64)); "

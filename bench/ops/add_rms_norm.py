@@ -7,6 +7,7 @@ from torch import Tensor
 
 # (B, N, C): stage-1 students S and 1B, stage-2 1B
 SHAPES = [(4, 417, 384), (4, 417, 1408), (2, 1025, 1408)]
+GPU_SHAPES = [(64, 417, 384), (64, 417, 1408), (16, 2049, 1408)]
 WRT = ("x", "residual", "weight", "layer_scale")
 
 
@@ -27,6 +28,12 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
     """Flops and bytes of the forward pass."""
     elements = shape[0] * shape[1] * shape[2]
     return 6 * elements, 4 * elements * dtype.itemsize
+
+
+def backward_work(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Reads dy, dr, r and x, writes dx and the residual's gradient."""
+    elements = shape[0] * shape[1] * shape[2]
+    return 12 * elements, 6 * elements * dtype.itemsize
 
 
 def goals(shape: tuple, dtype: str) -> dict[str, float]:

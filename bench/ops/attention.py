@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 # (B, N, heads, head_dim): stage-1 students S and 1B, then all tokens of a clip; strided qkv views
 SHAPES = [(4, 417, 6, 64), (2, 417, 16, 88), (1, 2049, 6, 64), (1, 2049, 16, 88)]
+# Batches that fill a GPU: stage-1 students 1B and S, all tokens of a clip at 1B and 6B
+GPU_SHAPES = [(16, 417, 16, 88), (16, 417, 6, 64), (4, 2049, 16, 88), (4, 2049, 25, 128)]
 WRT = ("q", "k", "v")
 
 
@@ -27,6 +29,13 @@ def work(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[int, int
     batch, tokens, heads, head_dim = shape
     elements = batch * tokens * heads * head_dim
     return 4 * elements * tokens, 4 * elements * dtype.itemsize
+
+
+def backward_work(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Five products; reads q, k, v, o and its gradient, writes three."""
+    batch, tokens, heads, head_dim = shape
+    elements = batch * tokens * heads * head_dim
+    return 10 * elements * tokens, 8 * elements * dtype.itemsize
 
 
 def library(shape: tuple[int, int, int, int]) -> Callable[..., Tensor]:

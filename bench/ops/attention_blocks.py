@@ -14,6 +14,7 @@ OP = STEM = "attention"
 # (frames, rows or None, heads, head_dim): windows over a clip of 8 x 16 x 16 tokens with a CLS;
 # density 1, .66, .34, .13
 SHAPES = [(8, None, 6, 64), (3, None, 6, 64), (1, None, 6, 64), (0, None, 6, 64)]
+GPU_SHAPES = [(8, None, 16, 88), (3, None, 16, 88), (0, None, 16, 88)]
 WRT = ("q", "k", "v")
 _GRID = (8, 16, 16)
 
@@ -36,11 +37,18 @@ def work(shape: tuple[int, int | None, int, int], dtype: torch.dtype) -> tuple[i
     return 4 * _blocks(shape).pairs * heads * head_dim, 4 * 2049 * heads * head_dim * dtype.itemsize
 
 
+def backward_work(shape: tuple[int, int | None, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Five products; reads q, k, v, o and its gradient, writes three."""
+    _, _, heads, head_dim = shape
+    pairs = _blocks(shape).pairs
+    return 10 * pairs * heads * head_dim, 8 * 2049 * heads * head_dim * dtype.itemsize
+
+
 def library(shape: tuple[int, int | None, int, int]) -> Callable[..., Tensor]:
     """Our own dense attention, whatever the blocks."""
 
     def call(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Tensor:
-        return iv2kernels.attention(q, k, v, impl="native")  # type: ignore[return-value]
+        return iv2kernels.attention(q, k, v)  # type: ignore[return-value]
 
     return call
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 # (B, N, C, heads): stage-1 students S, 1B and 6B, and an unmasked 1B
 SHAPES = [(4, 417, 384, 16), (4, 417, 1408, 16), (2, 417, 3200, 16), (1, 2049, 1408, 16)]
+GPU_SHAPES = [(64, 417, 1408, 16)]
 WRT = ("x", "query")
 
 
@@ -31,6 +32,13 @@ def work(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[int, int
     return 4 * batch * tokens * width * heads, elements * dtype.itemsize
 
 
+def backward_work(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Scores again, their gradient, and what both give x; reads x, writes its gradient."""
+    batch, tokens, width, heads = shape
+    elements = 2 * batch * tokens * width + 4 * batch * heads * width
+    return 8 * batch * tokens * width * heads, elements * dtype.itemsize
+
+
 def library(shape: tuple[int, int, int, int]) -> Callable[..., Tensor]:
     """The pooling block as published: keys and values of all tokens are projected."""
     _, _, width, heads = shape
@@ -40,7 +48,7 @@ def library(shape: tuple[int, int, int, int]) -> Callable[..., Tensor]:
     def call(x: Tensor, query: Tensor) -> Tensor:
         normed = F.layer_norm(x, (width,))
         k, v = (
-            F.linear(normed, w.to(x.dtype)).unflatten(-1, (heads, -1)).transpose(1, 2)
+            F.linear(normed, w.to(x)).unflatten(-1, (heads, -1)).transpose(1, 2)
             for w in (key, value)
         )
         q = query[..., : width // heads].unsqueeze(2)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 # (B, D): global batches of stage 2, of its contrastive width and CLIP's
 SHAPES = [(1024, 512), (4096, 512), (4096, 768)]
+GPU_SHAPES = [(4096, 768), (16384, 768)]
 WRT = ("v", "t", "temperature")
 
 
@@ -31,6 +32,12 @@ def work(shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
     """Flops and bytes of the forward pass; backward has three products more."""
     rows, width = shape
     return 2 * rows * rows * width, 2 * rows * width * dtype.itemsize
+
+
+def backward_work(shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """The scores again, and a product for each gradient."""
+    rows, width = shape
+    return 6 * rows * rows * width, 4 * rows * width * dtype.itemsize
 
 
 def goals(shape: tuple, dtype: str) -> dict[str, float]:

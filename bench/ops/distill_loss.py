@@ -7,6 +7,7 @@ from torch import Tensor
 
 # (B, M, N, D): stage-1 CLIP and MAE branch; N is the teacher's number of tokens
 SHAPES = [(4, 417, 417, 3200), (4, 416, 416, 1408), (2, 417, 2049, 3200)]
+GPU_SHAPES = [(16, 417, 417, 3200), (64, 416, 416, 1408)]
 WRT = ("x", "norm_weight", "norm_bias")
 
 
@@ -34,6 +35,12 @@ def work(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[int, int
     """Flops and bytes of the forward pass, which also finds dx."""
     elements = shape[0] * shape[1] * shape[3]
     return 30 * elements, 3 * elements * dtype.itemsize
+
+
+def backward_work(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Forward has found dx: it is scaled."""
+    elements = shape[0] * shape[1] * shape[3]
+    return elements, 2 * elements * dtype.itemsize
 
 
 def goals(shape: tuple, dtype: str) -> dict[str, float]:

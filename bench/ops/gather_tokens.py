@@ -8,6 +8,7 @@ from torch import Tensor
 # (samples of x, B, N, M, C): visible tokens at 1B, a position table that all samples share at 1B
 # (distillation decoder), teacher rows at S
 SHAPES = [(4, 4, 2049, 417, 1408), (1, 4, 2049, 417, 1408), (4, 4, 2049, 417, 384)]
+GPU_SHAPES = [(64, 64, 2049, 417, 1408), (1, 64, 2049, 417, 1408)]
 WRT = ("x",)  # the gradient of add is dy itself
 
 
@@ -36,6 +37,13 @@ def work(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> tuple[int
             2 * elements * dtype.itemsize,
         )
     )
+
+
+def backward_work(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Reads dy, writes all of dx."""
+    samples, batch, tokens, keep, width = shape
+    read, written = batch * keep * width, samples * tokens * width
+    return read, (read + written) * dtype.itemsize
 
 
 def goals(shape: tuple, dtype: str) -> dict[str, float]:

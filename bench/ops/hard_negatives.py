@@ -7,6 +7,7 @@ from torch import Tensor
 
 # (B, D): stage 2's contrastive width, a local batch and a gathered one
 SHAPES = [(128, 512), (4096, 512)]
+GPU_SHAPES = [(4096, 512)]
 WRT = ()
 
 

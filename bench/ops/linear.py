@@ -7,6 +7,7 @@ from torch import Tensor
 
 # (rows, C_in, C_out): qkv of S and 1B, proj of S, the decoder of the 6B teacher
 SHAPES = [(4 * 417, 384, 1152), (4 * 417, 384, 384), (4 * 417, 1408, 4224), (4 * 417, 384, 3200)]
+GPU_SHAPES = [(64 * 417, 384, 1152), (64 * 417, 1408, 4224)]
 WRT = ("x", "weight", "bias")
 
 
@@ -26,6 +27,13 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
     rows, c_in, c_out = shape
     elements = rows * c_in + rows * c_out + c_in * c_out
     return 2 * rows * c_in * c_out, elements * dtype.itemsize
+
+
+def backward_work(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Two products; reads dy, x and the weight, writes two gradients."""
+    rows, c_in, c_out = shape
+    elements = 2 * rows * c_in + rows * c_out + 2 * c_in * c_out
+    return 4 * rows * c_in * c_out, elements * dtype.itemsize
 
 
 def goals(shape: tuple, dtype: str) -> dict[str, float]:

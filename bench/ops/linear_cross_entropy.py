@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 # (N, C, V): the text encoder's masked tokens (all rows count), and a small language model
 SHAPES = [(512, 1024, 30522), (1024, 576, 49152)]
+GPU_SHAPES = [(8192, 1024, 30522)]
 WRT = ("x", "weight")
 
 
@@ -28,6 +29,12 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
     """Flops and bytes of the forward pass without gradients."""
     rows, width, vocabulary = shape
     return 2 * rows * width * vocabulary, (rows + vocabulary) * width * dtype.itemsize
+
+
+def backward_work(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """A product for each gradient, of logits that are known."""
+    rows, width, vocabulary = shape
+    return 4 * rows * width * vocabulary, 2 * (rows + vocabulary) * width * dtype.itemsize
 
 
 def library(shape: tuple[int, int, int]) -> Callable[..., Tensor]:

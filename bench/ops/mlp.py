@@ -7,6 +7,7 @@ from torch import Tensor
 
 # (rows, C, H): stage-1 students S and 1B
 SHAPES = [(4 * 417, 384, 1536), (4 * 417, 1408, 6144)]
+GPU_SHAPES = [(64 * 417, 384, 1536), (64 * 417, 1408, 6144)]
 WRT = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 
 
@@ -28,6 +29,13 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
     rows, width, hidden = shape
     elements = 2 * rows * width + 3 * rows * hidden + 2 * width * hidden
     return 4 * rows * width * hidden, elements * dtype.itemsize
+
+
+def backward_work(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Four products; reads dy, x, what GELU was given and the weights, writes three gradients."""
+    rows, width, hidden = shape
+    elements = 3 * rows * width + rows * hidden + 4 * width * hidden
+    return 8 * rows * width * hidden, elements * dtype.itemsize
 
 
 def goals(shape: tuple, dtype: str) -> dict[str, float]:

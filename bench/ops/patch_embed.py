@@ -14,6 +14,7 @@ SHAPES = [
     (4, 8, 224, 14, 1408, 416),
     (1, 8, 224, 14, 1408, None),
 ]
+GPU_SHAPES = [(64, 8, 224, 14, 1408, 416)]
 WRT = ("weight", "bias", "pos_embed", "cls_token")
 
 
@@ -41,6 +42,17 @@ def work(shape: tuple[int, int, int, int, int, int | None], dtype: torch.dtype) 
     rows = batch * (keep or frames * (side // patch) ** 2)
     depth = 3 * patch * patch
     elements = rows * (depth + 2 * width) + width * depth
+    return 2 * rows * depth * width, elements * dtype.itemsize
+
+
+def backward_work(
+    shape: tuple[int, int, int, int, int, int | None], dtype: torch.dtype
+) -> tuple[int, int]:
+    """The weight's gradient; pixels have none."""
+    batch, frames, side, patch, width, keep = shape
+    rows = batch * (keep or frames * (side // patch) ** 2)
+    depth = 3 * patch * patch
+    elements = rows * (depth + width) + width * depth
     return 2 * rows * depth * width, elements * dtype.itemsize
 
 

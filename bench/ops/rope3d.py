@@ -10,6 +10,7 @@ import iv2kernels
 
 # (B, T, H, W, visible, heads, head_dim): queries of the stage-1 students S and 1B, and of a clip
 SHAPES = [(4, 8, 16, 16, 416, 6, 64), (2, 8, 16, 16, 416, 16, 88), (1, 8, 16, 16, 2048, 16, 88)]
+GPU_SHAPES = [(32, 8, 16, 16, 416, 16, 88)]
 WRT = ("x",)
 
 
@@ -31,3 +32,6 @@ def work(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
     batch, _, _, _, visible, heads, head_dim = shape
     elements = batch * (1 + visible) * heads * head_dim
     return 3 * elements, 2 * elements * dtype.itemsize
+
+
+backward_work = work  # it rotates back

@@ -8,6 +8,7 @@ from torch import Tensor
 from bench.ops import contrastive_loss
 
 SHAPES = contrastive_loss.SHAPES
+GPU_SHAPES = contrastive_loss.GPU_SHAPES
 WRT = ("v", "t", "scale", "bias")
 
 
@@ -19,3 +20,4 @@ def inputs(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 work = contrastive_loss.work
+backward_work = contrastive_loss.backward_work

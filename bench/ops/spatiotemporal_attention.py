@@ -15,6 +15,7 @@ SHAPES: list[Any] = [
     *[(4, 417, 6, 64), (2, 417, 16, 88), (1, 2049, 6, 64), (1, 2049, 16, 88)],
     *[(1, 2049, 6, 64, pattern) for pattern in ("frame", "window", "rope")],
 ]
+GPU_SHAPES: list[Any] = [(16, 417, 16, 88), (4, 2049, 16, 88), (4, 2049, 16, 88, "window")]
 GRID = (8, 16, 16)
 WRT = ("qkv", "q_weight", "k_weight")
 
@@ -51,6 +52,12 @@ def work(shape: tuple[Any, ...], dtype: torch.dtype) -> tuple[int, int]:
         4 * batch * heads * head_dim * pairs,
         4 * batch * tokens * heads * head_dim * dtype.itemsize,
     )
+
+
+def backward_work(shape: tuple[Any, ...], dtype: torch.dtype) -> tuple[int, int]:
+    """Five products; reads qkv, o and its gradient, writes the gradient of qkv."""
+    flops, size = work(shape, dtype)
+    return 5 * flops // 2, 2 * size
 
 
 def goals(shape: tuple, dtype: str) -> dict[str, float]:

@@ -10,10 +10,7 @@ from torch import Tensor
 
 from iv2kernels import _C
 from iv2kernels.native.memory import DTYPE, contiguous, on_cuda, place, ptr
-
-# Those that csrc/cuda has kernels of.
-CUDA_HEAD_DIMS = (64, 88, 128)
-CUDA_DTYPES = (torch.bfloat16, torch.float16)
+from iv2kernels.ops.attention import CUDA_DTYPES, CUDA_HEAD_DIMS
 
 
 class Lists(NamedTuple):

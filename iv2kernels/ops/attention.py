@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iv2kernels import dispatch
-from iv2kernels.dispatch import Function, Impl
+from iv2kernels.dispatch import LIBRARIES, Function, Impl
+from iv2kernels.library import attention as library
 from iv2kernels.ops.attention_blocks import BlockMask, attention_blocks, bwd_fake
+
+# Those that csrc/cuda has kernels of.
+CUDA_HEAD_DIMS = (64, 88, 128)
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,14 @@ def attention(
     if blocks is not None:
         _check_blocks(q, k, causal, packed, blocks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    name = dispatch.choose("attention", q, impl)
+    refuses = None
+    if q.is_cuda:  # the CPU's take everything
+        refuses = partial(
+            _refuses, q=q, k=k, causal=causal, packed=packed, blocks=blocks, lse=return_lse
+        )
+    name = dispatch.choose("attention", q, impl, refuses)
+    if name in LIBRARIES:
+        return library.attention(q, k, v, causal, scale, packed, name)
     if name == "reference":
         o, lse = reference(q, k, v, causal, scale, packed, blocks)
     elif blocks is not None:
@@ -183,6 +196,30 @@ def _check_packed(packed: Packed) -> None:
             f"attention: cu_seqlens_k must be {list(packed.cu_seqlens_q.shape)} like "
             f"cu_seqlens_q, got {list(k.shape)}"
         )
+
+
+def _refuses(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    packed: Packed | None,
+    blocks: BlockMask | None,
+    lse: bool,
+) -> str | None:
+    """The reason why an implementation on a GPU does not take these, or None."""
+    if impl in LIBRARIES:
+        if blocks is not None or lse:
+            return f"it does not take {'blocks' if blocks is not None else 'return_lse'}"
+        return library.refuses(impl, q, k, causal, packed)
+    if impl != "native":
+        return None
+    if q.dtype not in CUDA_DTYPES or q.shape[-1] not in CUDA_HEAD_DIMS:
+        return (
+            "it takes bfloat16 or float16 and head_dim 64, 88 or 128 on a GPU, "
+            f"got {q.dtype} and {q.shape[-1]}"
+        )
+    return None if blocks is None else "it does not take blocks on a GPU"
 
 
 def _lengths(

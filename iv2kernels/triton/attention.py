@@ -30,6 +30,7 @@ from iv2kernels.triton.attention_grad import SIZES, attention_dkdv_kernel, atten
 from iv2kernels.triton.attention_tiles import (
     Tile,
     add_product,
+    dense_tile,
     head_of,
     load_rows,
     normed_rows,
@@ -39,7 +40,6 @@ from iv2kernels.triton.attention_tiles import (
     sequence_of,
     store_rows,
     tile_of,
-    tiles_for,
     zero_rows,
 )
 
@@ -312,7 +312,8 @@ def forward(
         return o, lse
     if k.numel() == 0:
         return o.zero_(), lse.fill_(-torch.inf)
-    tile = tiles_for(q.shape[-1], q.dtype).forward if lists is None else lists.tile
+    width, has_norm = (q.shape[-1], q.dtype), norm is not None
+    tile = lists.tile if lists else dense_tile("forward", *width, has_norm)
     programs, layout = _grid(q, heads, options.max_seqlen_q, options, lists, tile)
     _attention_fwd_kernel[(programs,)](
         **_arguments(q, k, v, options, lists, norm),
@@ -370,13 +371,13 @@ def backward(
         return
     q, k, v = _strided(q), _strided(k), _strided(v)
     d_o, dlse = grads[0].contiguous(), contiguous(grads[1])
-    tiles = tiles_for(q.shape[-1], q.dtype)
+    width, has_norm = (q.shape[-1], q.dtype), norm is not None
     of_queries, of_keys = (None, None) if lists is None else lists
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     share = torch.empty_like(lse) if q.dtype == torch.float32 else None
     normed = None if norm is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     scale = {"scale": options.scale, "factor": options.scale * _LOG2E}
-    tile = tiles.dq if of_queries is None else of_queries.tile
+    tile = of_queries.tile if of_queries else dense_tile("dq", *width, has_norm)
     programs, layout = _grid(q, q.shape[-2], options.max_seqlen_q, options, of_queries, tile)
     attention_dq_kernel[(programs,)](
         **_arguments(q, k, v, options, of_queries, norm),
@@ -395,7 +396,7 @@ def backward(
         dq=dq,
         DQ_TOKEN=dq.stride(-3),
     )
-    tile = tiles.dkdv if of_keys is None else of_keys.tile
+    tile = of_keys.tile if of_keys else dense_tile("dkdv", *width, has_norm)
     programs, layout = _grid(q, k.shape[-2], options.max_seqlen_k, options, of_keys, tile)
     attention_dkdv_kernel[(programs,)](
         **_arguments(q if normed is None else normed, k, v, options, of_keys, norm),

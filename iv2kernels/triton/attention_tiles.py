@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from iv2kernels.tiles import Knob, choose
+
 
 class Tile(NamedTuple):
     """Of one program: rows that it keeps, rows of a step of its loop, warps, steps in flight."""
@@ -49,6 +51,39 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
     if width <= 128:
         return Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2))
     return Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 16, 8, 1))
+
+
+# What tune may try in place of the default in 16 bits, up to the width of the first column.
+_ALTERNATIVES = (
+    (
+        64,
+        Tiles(Tile(128, 32, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3)),
+    ),
+    (
+        128,
+        Tiles(Tile(64, 32, 4, 3), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+        Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(64, 16, 4, 3)),
+    ),
+)
+
+
+def alternatives(head_dim: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
+    """The whole search space."""
+    width = sum(_pieces(head_dim))
+    if dtype == torch.float32:
+        return ()
+    return next((tuple(found) for most, *found in _ALTERNATIVES if width <= most), ())
+
+
+def dense_tile(kernel: str, head_dim: int, dtype: torch.dtype, norm: bool) -> Tile:
+    """A kernel's of ``tiles_for``, or what was found better on this GPU, without lists."""
+    default, *others = (
+        getattr(tiles, kernel)
+        for tiles in (tiles_for(head_dim, dtype), *alternatives(head_dim, dtype))
+    )
+    knob = Knob(f"attention_{kernel}{'_norm' if norm else ''}", head_dim, dtype)
+    return choose(knob, default, others)
 
 
 @triton.constexpr_function

@@ -97,6 +97,13 @@ def largest_tile(dtype: torch.dtype) -> Tile:
     return Tile(64, 64, 32, 4, 3) if dtype == torch.float32 else Tile(128, 128, 64, 8, 3)
 
 
+def alternatives(dtype: torch.dtype) -> tuple[Tile, ...]:
+    """What tune may try for linear in place of the largest: the whole search space."""
+    if dtype == torch.float32:
+        return ()
+    return Tile(128, 128, 32, 4, 4), Tile(128, 64, 64, 4, 4), Tile(128, 256, 64, 8, 3)
+
+
 def tile_for(rows: int, cols: int, dtype: torch.dtype) -> Tile:
     """The largest tile of which a matrix has enough."""
     tile = largest_tile(dtype)

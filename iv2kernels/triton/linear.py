@@ -17,7 +17,8 @@ from torch import Tensor
 
 from iv2kernels.library.linear import as_rows
 from iv2kernels.native.memory import contiguous
-from iv2kernels.triton.gemm import grouped, tile_for, tile_product
+from iv2kernels.tiles import Knob, choose
+from iv2kernels.triton.gemm import alternatives, grouped, tile_for, tile_product
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -77,7 +78,8 @@ def _product(
     out = torch.empty(height, cols, dtype=a.dtype, device=a.device)
     if out.numel() == 0:
         return out
-    tile = tile_for(height, cols, a.dtype)
+    knob = Knob("linear", cols, a.dtype)
+    tile = choose(knob, tile_for(height, cols, a.dtype), alternatives(a.dtype))
     down, across = tile.blocks(height, cols)
     _linear_kernel[(down * across,)](
         a,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from compare import assert_as_accurate, check, check_or_close, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementation import IMPL, native_only
+from implementation import IMPL, ON_CPU, at_real_size, native_only
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
@@ -17,7 +17,7 @@ from iv2kernels.ops import attention as op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WRT = list(bench.WRT)
-NATIVE = IMPL == "native"
+NATIVE = ON_CPU
 # Triton's interpreter takes some 20 ms a program: it gets fewer dtypes, samples and heads.
 SOME = DTYPES if NATIVE else DTYPES[:2]
 BATCH = 2 if NATIVE else 1
@@ -68,7 +68,7 @@ def test_matches_float64(isa, dtype, q_len, k_len, heads, kv_heads, head_dim, ca
     check_or_close(kernel, reference, inputs, WRT, q_len > 8)
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 417, 2, 88), (1, 411, 1, 128), (1, 206, 1, 200)])
 def test_matches_float64_at_real_lengths(shape, dtype):
@@ -76,7 +76,7 @@ def test_matches_float64_at_real_lengths(shape, dtype):
     check(kernel, reference, bench.inputs(shape, dtype), WRT)
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_accurate_as_torch(dtype):
     def torch_attention(q, k, v):
@@ -319,7 +319,7 @@ def test_errors_of_lengths():
 SPAN = 8192  # csrc/kernels.h: kAttentionSpan
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
@@ -335,13 +335,13 @@ def test_long_sequences(isa, dtype, q_len, k_len, heads, kv_heads, causal):
     check(kernel, reference, inputs, WRT)
 
 
-@native_only
+@at_real_size
 def test_long_self_attention():
     inputs = random(torch.float32, (1, SPAN + 1, 1, 8), (1, SPAN + 1, 1, 8))
     check(*pair(causal=True), inputs, WRT)
 
 
-@native_only
+@at_real_size
 def test_long_packed_sequences():
     """A short one beside a long one, and one of none."""
     cu_q = torch.tensor([0, 40, SPAN + 150, SPAN + 150], dtype=torch.int32)

@@ -5,7 +5,7 @@ import torch
 from compare import check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementation import IMPL, native_only
+from implementation import IMPL, ON_CPU, at_real_size, native_only
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
@@ -16,7 +16,7 @@ from iv2kernels.ops import attention_blocks as op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WRT = list(bench.WRT)
-NATIVE = IMPL == "native"
+NATIVE = ON_CPU
 # Triton's interpreter takes some 20 ms a program: it gets fewer dtypes and samples.
 BATCH = 2 if NATIVE else 1
 
@@ -42,7 +42,9 @@ def random(dtype, q_shape, k_shape):
 def lists(q_starts, k_starts, seen):
     offsets = torch.tensor([0, *map(len, seen)]).cumsum(0)
     indices = [j for keys in seen for j in keys]
-    return k.BlockMask(*(torch.as_tensor(x).int() for x in (q_starts, k_starts, offsets, indices)))
+    return k.BlockMask(
+        *(torch.as_tensor(x).int().cpu() for x in (q_starts, k_starts, offsets, indices))
+    )
 
 
 # Blocks of odd sizes; key block 2 is seen by nobody.
@@ -86,7 +88,7 @@ def test_patterns_match_float64(isa, dtype, blocks):
     check(*pair(blocks), random(dtype, (1, n, BATCH, 64), (1, n, BATCH, 64)), WRT)
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_real_length_in_strided_views(dtype):
     blocks = k.per_frame((4, 16, 16), cls_token=True)

@@ -5,7 +5,7 @@ import torch
 from compare import check, check_or_close, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementation import IMPL, native_only
+from implementation import IMPL, at_real_size, native_only
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
@@ -29,7 +29,7 @@ def test_matches_float64(isa, shape, dtype):
     check(kernel, reference, bench.inputs(shape, dtype), bench.WRT)
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("shape", [(1, 417, 1408, 16), (1, 129, 3200, 16), (1, 2049, 384, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_float64_at_real_widths(shape, dtype):

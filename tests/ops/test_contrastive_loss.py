@@ -7,7 +7,7 @@ import torch
 from compare import check, check_or_close, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementation import IMPL, native_only
+from implementation import IMPL, ON_CPU, at_real_size, native_only
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +16,7 @@ from bench.ops import contrastive_loss as bench
 from iv2kernels.ops import contrastive_loss as op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROWS = 300 if IMPL == "native" else 130  # of several tiles
+ROWS = 300 if ON_CPU else 130  # of several tiles
 
 
 def kernel(**inputs):
@@ -33,7 +33,7 @@ def test_matches_float64(isa, shape, dtype):
     check(kernel, reference, bench.inputs(shape, dtype), bench.WRT)
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_float64_at_a_real_size(dtype):
     check(kernel, reference, bench.inputs((1024, 512), dtype), bench.WRT)
@@ -101,7 +101,7 @@ def test_a_float32_temperature_with_bfloat16_features(isa):
     check(kernel, reference, inputs, bench.WRT)
 
 
-@settings(max_examples=25 if IMPL == "native" else 6, deadline=None)
+@settings(max_examples=25 if ON_CPU else 6, deadline=None)
 @given(st.integers(1, ROWS + 100), st.integers(1, 150), st.sampled_from(DTYPES))
 def test_any_shape(rows, width, dtype):
     inputs = bench.inputs((rows, width), dtype)
@@ -145,7 +145,7 @@ def test_strips(monkeypatch, dtype):
     check(kernel, reference, bench.inputs((ROWS, 40), dtype), bench.WRT)
 
 
-RECTANGLES = [(70, 300), (300, 70), (257, 1)] if IMPL == "native" else [(70, 130), (130, 70)]
+RECTANGLES = [(70, 300), (300, 70), (257, 1)] if ON_CPU else [(70, 130), (130, 70)]
 
 
 @pytest.mark.parametrize("shape", RECTANGLES)
@@ -157,7 +157,7 @@ def test_rectangles(isa, shape):
     v, t = torch.randn(rows, 33, generator=g), torch.randn(columns, 33, generator=g)
     labels, others = (torch.randint(9, (n,), generator=g).float() for n in shape)
     temperature, dloss = torch.tensor(3.5), torch.tensor(0.7)
-    numbers = (0.7, 1 / 3.5) if IMPL == "native" else (dloss, temperature)
+    numbers = (0.7, 1 / 3.5) if ON_CPU else (dloss, temperature)
     of_rows, of_columns, positives = kernels.statistics((v, t), (labels, others), numbers[1])
     s = v.double() @ t.double().T / 3.5
     same = labels[:, None] == others

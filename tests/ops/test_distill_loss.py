@@ -5,7 +5,7 @@ import torch
 from compare import check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementation import IMPL, native_only
+from implementation import IMPL, ON_CPU, at_real_size, native_only
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
@@ -35,7 +35,7 @@ def test_matches_float64(isa, shape, dtype):
     check(kernel, reference, bench.inputs(shape, dtype), bench.WRT)
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("shape", [(1, 416, 416, 1408), (1, 101, 417, 3200)])
 def test_matches_float64_at_real_widths(shape):
     check(kernel, reference, bench.inputs(shape, torch.bfloat16), bench.WRT)
@@ -67,7 +67,7 @@ def test_partial_gradients(wrt, ids_dtype):
     check(kernel, reference, inputs, wrt)
 
 
-@settings(max_examples=25 if IMPL == "native" else 6, deadline=None, derandomize=True)
+@settings(max_examples=25 if ON_CPU else 6, deadline=None, derandomize=True)
 @given(
     st.integers(1, 4),
     st.integers(4, 40),
@@ -133,7 +133,7 @@ def test_double_backward_raises():
         dx.sum().backward()
 
 
-@pytest.mark.skipif(IMPL == "native", reason="on the CPU it is an error")
+@pytest.mark.skipif(ON_CPU, reason="on the CPU it is an error")
 def test_an_index_out_of_range_makes_the_loss_nan():
     inputs = bench.inputs((2, 5, 7, 16), torch.float32)
     for bad in (7, -1):

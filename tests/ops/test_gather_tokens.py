@@ -5,7 +5,7 @@ import torch
 from compare import check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementation import IMPL, native_only
+from implementation import IMPL, ON_CPU, ON_GPU, at_real_size, native_only
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
@@ -38,7 +38,7 @@ def test_matches_float64(isa, shape, add, dtype):
     check(kernel, op.reference, inputs, wrt)
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 2, 2049, 417, 384), (1, 2, 2049, 411, 1408)])
 def test_matches_float64_at_real_sizes(shape, dtype):
@@ -130,7 +130,7 @@ def test_double_backward_raises():
         dx.sum().backward()
 
 
-@pytest.mark.skipif(IMPL == "native", reason="on the CPU it is an error")
+@pytest.mark.skipif(ON_CPU, reason="on the CPU it is an error")
 def test_an_index_out_of_range_gives_a_row_of_nan():
     """And no gradient; nothing is read from where it points."""
     x, ids = torch.randn(2, 5, 8, requires_grad=True), torch.tensor([[0, 4], [1, 2]])
@@ -172,6 +172,7 @@ def test_errors():
         k.gather_tokens(x.double(), ids, impl=IMPL)
 
 
+@pytest.mark.skipif(ON_GPU, reason="a GPU has no files that are all hole")
 def test_offsets_beyond_int32(tmp_path):
     """Samples 2^31 elements and more apart, in a file that is all hole."""
     far = 2**31 + 40

@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementation import IMPL, native_only
+from implementation import IMPL, ON_CPU, ON_GPU, at_real_size, native_only
 
 import iv2kernels as k
 from bench.ops import hard_negatives as bench
 from iv2kernels.ops import hard_negatives as op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROWS = 333 if IMPL == "native" else 130  # of several tiles
+ROWS = 333 if ON_CPU else 130  # of several tiles
 
 
 def keys_of(v, t, temperature, ids, seeds):
@@ -53,14 +53,14 @@ def test_draws_the_largest_key(isa, shape, dtype):
     check(**random_inputs(*shape, dtype, classes=shape[0]))
 
 
-@native_only
+@at_real_size
 def test_real_width():
     inputs = bench.inputs((260, 512), torch.bfloat16)
     check(**inputs)
     check("reference", **inputs)
 
 
-@settings(max_examples=12 if IMPL == "native" else 5, deadline=None)
+@settings(max_examples=12 if ON_CPU else 5, deadline=None)
 @given(st.integers(1, ROWS), st.integers(0, 40), st.sampled_from([None, 1, 3, 100]))
 def test_any_shape(batch, width, classes):
     check(**random_inputs(batch, width, classes=classes))
@@ -73,7 +73,7 @@ def test_implementations_agree_where_scores_are_well_separated(isa):
     t = torch.randint(-8, 9, (batch, batch)).float()  # every score is exact
     inputs = {"v": v, "t": t, "temperature": 4.0, "seeds": torch.arange(batch) - 3}
     inputs["ids"] = torch.randint(40, (batch,))
-    impls = (IMPL, "native", "reference")
+    impls = (IMPL, "reference" if ON_GPU else "native", "reference")
     kernel, native, reference = (k.hard_negatives(**inputs, impl=i) for i in impls)
     gaps = [keys.topk(2).values.diff().abs().min() for keys in keys_of(**inputs)]
     assert min(gaps) > 1e-6

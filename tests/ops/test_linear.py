@@ -5,7 +5,7 @@ import torch
 from compare import check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementation import IMPL
+from implementation import DEVICE, IMPL, ON_CPU
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
@@ -15,8 +15,8 @@ from iv2kernels.ops import linear as op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # On the CPU there is no kernel of ours.
-OURS = "torch" if IMPL == "native" else IMPL
-FIRST = (417, 384, 384) if IMPL == "native" else (130, 96, 200)
+OURS = "torch" if ON_CPU else IMPL
+FIRST = (417, 384, 384) if ON_CPU else (130, 96, 200)
 
 
 def kernel(**inputs):
@@ -27,9 +27,7 @@ def reference(x, weight, bias=None):
     return op.reference(x, weight, bias)
 
 
-@pytest.fixture(
-    params=["as found", "without oneDNN", "without halves"] if IMPL == "native" else ["none"]
-)
+@pytest.fixture(params=["as found", "without oneDNN", "without halves"] if ON_CPU else ["none"])
 def onednn(request, monkeypatch):
     """The private op may be absent, or GEMMs of halves: torch's own choice must do as well."""
     if request.param == "without oneDNN":
@@ -81,7 +79,7 @@ def test_strided_and_expanded_inputs():
 
 def test_autocast_casts_like_torch():
     inputs = bench.inputs((64, 96, 128), torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         check(kernel, reference, inputs, bench.WRT)
         y = kernel(**inputs | {"weight": inputs["weight"].bfloat16()})
         assert k.linear(inputs["x"].double(), inputs["weight"].double()).dtype == torch.float64

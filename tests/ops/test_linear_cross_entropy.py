@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from compare import check, check_or_close, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementation import IMPL, native_only
+from implementation import DEVICE, IMPL, ON_CPU, at_real_size, native_only
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = ("x", "weight", "bias")
 kernels = importlib.import_module(f"iv2kernels.{IMPL}.linear_cross_entropy")
 
-SOME = (101, 64, 1033) if IMPL == "native" else (70, 64, 400)
+SOME = (101, 64, 1033) if ON_CPU else (70, 64, 400)
 
 # What compare.run weighs a scalar by. Divided by it the loss has the gradient 1, and dx, which is
 # saved in x.dtype, is rounded once, as in eager; test_a_scaled_loss has another gradient.
@@ -69,7 +69,7 @@ def test_without_gemms_of_halves(monkeypatch, small_chunks, shape):
     check(kernel, reference, make(shape, torch.bfloat16, 0.4), ALL)
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_float64_at_real_sizes(dtype):
     check(kernel, reference, make((96, 128, 30522), dtype, 0.1), ALL)
@@ -90,11 +90,11 @@ def test_partial_gradients(small_chunks, wrt, dtype):
     check(kernel, reference, make((60, 64, 300), dtype, 0.2), wrt)
 
 
-@settings(max_examples=25 if IMPL == "native" else 8)
+@settings(max_examples=25 if ON_CPU else 8)
 @given(
     st.integers(1, 70),
     st.integers(1, 70),
-    st.integers(1, 1300 if IMPL == "native" else 300),
+    st.integers(1, 1300 if ON_CPU else 300),
     st.booleans(),
     st.sampled_from(DTYPES),
 )
@@ -211,7 +211,7 @@ def test_backward_twice_and_double_backward():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     inputs = make((40, 32, 300), torch.float32)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         got = run(kernel, inputs, ALL)
     narrow = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
     expected = run(kernel, narrow, ALL)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementation import native_only
 
 import iv2kernels as k
 from bench.ops import masks as bench
@@ -176,6 +177,7 @@ def test_draws_are_independent(what):
     assert abs(shared.var() / variance - 1) < 0.1
 
 
+@native_only
 def test_threads_do_not_change_a_bit(isa):
     inputs = bench.inputs(bench.SHAPES[0], torch.float32)
     results = []
@@ -213,6 +215,7 @@ def test_opcheck_and_compile():
         assert torch.equal(a, b)
 
 
+@native_only
 @pytest.mark.parametrize("impl", ["native", "reference"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
 def test_bad_weights(impl, bad):
@@ -243,7 +246,9 @@ def test_errors():
         k.attention_guided_mask(SEEDS, w[:5], 2)
     with pytest.raises(TypeError, match=r"weights must be floating point, got torch\.int64"):
         k.attention_guided_mask(SEEDS, w.long(), 2)
-    with pytest.raises(ValueError, match="weights must be on cpu, like seeds, got meta"):
+    with pytest.raises(
+        ValueError, match=rf"weights must be on {SEEDS.device}, like seeds, got meta"
+    ):
         k.attention_guided_mask(SEEDS, w.to("meta"), 2)
     with pytest.raises(RuntimeError, match="implementation torch cannot run: masks has no"):
         k.random_mask(SEEDS, 8, 2, impl="torch")

@@ -5,7 +5,7 @@ import torch
 from compare import assert_as_accurate, check, errors, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementation import IMPL, native_only
+from implementation import DEVICE, IMPL, ON_CPU, at_real_size, native_only
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
@@ -60,7 +60,7 @@ def test_matches_float64(isa, sizes, dtype):
     check(kernel, reference, as_bytes(inputs), bench.WRT)
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_float64_at_real_sizes(dtype):
     inputs = bench.inputs(bench.SHAPES[0], dtype)
@@ -98,7 +98,7 @@ def test_mixed_dtypes(isa, dtype):
     assert torch.equal(kernel(**double), kernel(**inputs))
 
 
-@settings(max_examples=20 if IMPL == "native" else 8, deadline=None)
+@settings(max_examples=20 if ON_CPU else 8, deadline=None)
 @given(st.data())
 def test_any_shape(data):
     integers = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
@@ -115,7 +115,7 @@ def test_any_shape(data):
     )
     # Over a few numbers one rounding decides about the ratio to eager's error: a bound instead.
     # A GPU adds up to 2,916 products one after the other, in float32 too.
-    exact = 1e-6 if IMPL == "native" else 2e-5
+    exact = 1e-6 if ON_CPU else 2e-5
     bound = exact if dtype == torch.float32 else 1.5e-2
     for inputs, wrt in ((floats, ALL), (as_bytes(floats), bench.WRT)):
         got, truth = run(kernel, inputs, wrt), run(reference, inputs, wrt, torch.float64)
@@ -206,7 +206,7 @@ def test_double_backward_raises():
 
 def test_autocast_leaves_the_dtype():
     inputs = example(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         got = kernel(**inputs)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, kernel(**inputs), atol=0.3, rtol=0.03)
@@ -214,7 +214,7 @@ def test_autocast_leaves_the_dtype():
 
 def test_an_index_out_of_range_is_an_error_or_a_row_of_nan():
     inputs = example(torch.float32)
-    if IMPL != "native":
+    if not ON_CPU:
         ids = torch.tensor([[0, 3, 5], [1, 2, 4]])
         good = kernel(**inputs | {"ids_keep": ids})
         for bad in (24, -1):

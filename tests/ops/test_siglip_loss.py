@@ -5,7 +5,7 @@ import torch
 from compare import check, check_or_close, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementation import IMPL, native_only
+from implementation import IMPL, ON_CPU, at_real_size, native_only
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -14,7 +14,7 @@ from bench.ops import siglip_loss as bench
 from iv2kernels.ops import siglip_loss as op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROWS = 300 if IMPL == "native" else 130  # of several tiles
+ROWS = 300 if ON_CPU else 130  # of several tiles
 
 
 def kernel(**inputs):
@@ -31,7 +31,7 @@ def test_matches_float64(isa, shape, dtype):
     check(kernel, reference, bench.inputs(shape, dtype), bench.WRT)
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_float64_at_a_real_size(dtype):
     check(kernel, reference, bench.inputs((1024, 512), dtype), bench.WRT)
@@ -80,7 +80,7 @@ def test_partial_gradients(wrt):
     check(kernel, reference, bench.inputs((70, 24), torch.float32), wrt)
 
 
-@settings(max_examples=25 if IMPL == "native" else 6, deadline=None)
+@settings(max_examples=25 if ON_CPU else 6, deadline=None)
 @given(st.integers(1, ROWS + 100), st.integers(1, 150), st.sampled_from(DTYPES))
 def test_any_shape(rows, width, dtype):
     inputs = bench.inputs((rows, width), dtype)

@@ -5,7 +5,7 @@ import torch
 from compare import check, check_or_close, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementation import IMPL, native_only
+from implementation import IMPL, ON_CPU, at_real_size, native_only
 from torch.utils.checkpoint import checkpoint
 
 import iv2kernels as k
@@ -15,7 +15,7 @@ from iv2kernels.ops import spatiotemporal_attention as op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WRT = list(bench.WRT)
-NATIVE = IMPL == "native"
+NATIVE = ON_CPU
 # Triton's interpreter takes some 20 ms a program: it gets fewer dtypes, samples and heads.
 SOME = DTYPES if NATIVE else DTYPES[:2]
 BATCH = 2 if NATIVE else 1
@@ -55,7 +55,7 @@ def test_matches_float64(isa, shape, dtype):
     check(kernel, reference, bench.inputs(shape, dtype), WRT)
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 417, 6, 64), (1, 206, 4, 88), (1, 1025, 1, 128)])
 def test_matches_float64_at_real_shapes(shape, dtype):
@@ -83,7 +83,7 @@ def test_patterns_without_norm(dtype):
     check(with_blocks(kernel, blocks), with_blocks(reference, blocks), inputs, ["qkv"])
 
 
-@native_only
+@at_real_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 88])
 def test_a_pattern_at_a_real_shape(head_dim, dtype):
