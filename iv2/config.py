@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from iv2.data.loader import ClipConfig
+from iv2.data.dataset import ClipConfig
 from iv2.models.audio import AudioConfig
 from iv2.models.clip import ClipModelConfig
 from iv2.models.language import LanguageConfig
