@@ -285,13 +285,16 @@ def _write_tar(path: Path, members: Iterable[tuple[str, bytes | Path]]) -> dict[
     """An uncompressed tar of the members, the same for the same members; its size and checksum."""
     partial = path.with_suffix(".partial")
     count = 0
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            header = tarfile.TarInfo(name)
-            header.size = len(data) if isinstance(data, bytes) else data.stat().st_size
-            with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
-                tar.addfile(header, file)
-            count += 1
+    try:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, data in members:
+                header = tarfile.TarInfo(name)
+                header.size = len(data) if isinstance(data, bytes) else data.stat().st_size
+                with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
+                    tar.addfile(header, file)
+                count += 1
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(partial)) from error
     checksum = _checksum(partial)
     partial.replace(path)
     return {"members": count, "bytes": path.stat().st_size, "sha256": checksum}
