@@ -46,7 +46,7 @@ class SourceConfig:
 class DataConfig:
     """Which clips are read, and how."""
 
-    # Folder of videos, or list of clips (.jsonl, .json, .csv).
+    # Folder of shards (iv2 shard) or of videos, or list of clips (.jsonl, .json, .csv).
     path: str = ""
     # What the list of path is of; empty takes the rows' own kind.
     kind: Literal["", "image", "video", "audio", "audio_video"] = ""
