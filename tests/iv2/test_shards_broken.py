@@ -29,7 +29,7 @@ from iv2.data.shards import ShardConfig, write_shards
 from iv2.data.synthetic import write_toyworld
 from iv2.data.transforms import CropConfig
 
-# IV2_TEST_CLIPS=10000 pytest tests/iv2/test_shards_broken.py -k many -s
+# IV2_TEST_CLIPS=10000 pytest tests/iv2/test_shards_broken.py -k many_clips -s
 MANY = int(os.environ.get("IV2_TEST_CLIPS", "1000"))
 # Memory that may be added between the first shard and the last, in MB.
 MOST_ADDED = 16
