@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from iv2.config_json import flat, from_dict, to_dict
 from iv2.data.dataset import ClipConfig
 from iv2.models.audio import AudioConfig
 from iv2.models.clip import ClipModelConfig
@@ -19,8 +17,6 @@ from iv2.models.qformer import QFormerConfig
 from iv2.models.stage2 import Stage2ModelConfig
 from iv2.models.text import TextConfig
 from iv2.models.vision_config import VisionConfig
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -135,6 +131,9 @@ class Stage1Config:
     mask_window: Literal["frame", "clip"] = "frame"
     # Student masks a teacher pass serves; the paper has 1.
     num_masks: int = 1
+    # Memory for what the teachers made of clips that come again unchanged, as they do where neither
+    # frames nor crops are drawn, bytes; 0: none.
+    teacher_cache_bytes: int = 0
     # Weight of the loss on the layers of the first teacher.
     clip_weight: float = 1.0
     # Weight of the loss on its pooled vector.
@@ -144,6 +143,10 @@ class Stage1Config:
 
     def __post_init__(self) -> None:
         _positive(self, "num_masks")
+        if self.teacher_cache_bytes < 0:
+            raise ValueError(
+                f"Stage1Config: teacher_cache_bytes must be >= 0, got {self.teacher_cache_bytes}"
+            )
         if not 0 <= self.mask_ratio < 1:
             raise ValueError(f"Stage1Config: mask_ratio must be in [0, 1), got {self.mask_ratio}")
         if not (self.clip_teacher or self.mae_teacher):
@@ -405,56 +408,6 @@ def _positive(config: Any, *names: str) -> None:
             raise ValueError(f"{kind}: {name} must be positive, got {getattr(config, name)}")
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as nested dicts of JSON values."""
-    content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return content
-
-
-def from_dict(kind: type[T], content: dict[str, Any], where: str = "") -> T:
-    """The inverse of ``to_dict``; absent fields take their defaults.
-
-    Raises:
-        ValueError: A field does not exist, or its value is of another kind.
-    """
-    hints = typing.get_type_hints(kind)
-    for name in content:
-        if name not in hints:
-            raise ValueError(
-                f"{kind.__name__}: field must be one of {', '.join(hints)}, got {where}{name}"
-            )
-    return kind(
-        **{name: _value(hints[name], value, f"{where}{name}") for name, value in content.items()}
-    )
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return from_dict(hint, value, f"{where}.")
-    if origin is tuple and isinstance(value, list | tuple):
-        items = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
-        if len(items) == len(value):
-            pairs = zip(items, value, strict=True)
-            return tuple(_value(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(pairs))
-    if origin is Literal and value in arguments:
-        return value
-    if origin in (typing.Union, types.UnionType) and type(None) in arguments:
-        (inner,) = (kind for kind in arguments if kind is not type(None))
-        return None if value is None else _value(inner, value, where)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and type(value) is hint:
-        return value
-    raise ValueError(f"config: {where} must be {_words(hint)}, got {value!r}")
-
-
-def _words(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) else str(hint)
-
-
 def to_json(config: TrainConfig) -> str:
     """The resolved configuration of a run, as the text of its config.json."""
     return json.dumps(to_dict(config), indent=2) + "\n"
@@ -478,21 +431,9 @@ def differences(config: TrainConfig, other: dict[str, Any]) -> list[str]:
     Returns:
         "name value (other)" for each.
     """
-    own, there = _flat(to_dict(config)), _flat(other)
+    own, there = flat(to_dict(config)), flat(other)
     return [
         f"{name} {own.get(name)!r} (there {there.get(name)!r})"
         for name in sorted(own.keys() | there.keys())
         if re.sub(r"\.\d+\.", ".", name) not in FREE_FIELDS and own.get(name) != there.get(name)
     ]
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            flat |= _flat({str(i): item for i, item in enumerate(value)}, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

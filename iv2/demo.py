@@ -102,7 +102,7 @@ LEARN: dict[int, Budget] = {
     3: replace(
         _BEFORE,
         # after 150 steps of it stage 3 tells 35 % of the sounds, after 500 73 %
-        stage2=replace(DEMO2, clips=2000, speech_steps=220, steps=500, reranked=64),
+        stage2=replace(DEMO2, clips=2000, speech_steps=220, steps=400, reranked=64),
         stage3=LEARN3,
     ),
 }

@@ -176,6 +176,7 @@ _STAGE1_TINY = TrainConfig(
         mae_teacher_path="runs/demo/teacher-video-tiny/model.safetensors",
         teacher_dtype="float32",
         mask_ratio=0.5,
+        teacher_cache_bytes=2 << 30,  # clips come whole and uncut: more than half of a step
     ),
 )
 
@@ -188,7 +189,9 @@ _STAGE1_S = replace(
     model=vision_config("s", drop_path=0.05),
     data=replace(_STAGE1_DATA, batch_size=4),
     optim=replace(_STAGE1_1B.optim, steps=10_000, warmup_steps=500),
-    stage1=replace(_STAGE1_TINY.stage1, mask_ratio=0.8, teacher_dtype="bfloat16"),
+    stage1=replace(
+        _STAGE1_TINY.stage1, mask_ratio=0.8, teacher_dtype="bfloat16", teacher_cache_bytes=0
+    ),
 )
 
 # iv2 train supervised-tiny --data.path runs/toy/list.jsonl
@@ -281,7 +284,8 @@ _STAGE2_TINY = TrainConfig(
     model=replace(_TINY_MODEL, num_frames=8),
     text=TEXT["tiny"],
     data=replace(_TINY_DATA, clip=_STAGE2_TINY_CLIP, batch_size=64),
-    optim=replace(_TINY_OPTIM, lr=1e-3, min_lr=1e-5),
+    # At the full rate the encoder forgets motions: from 57 to 46 % by linear probe in 40 steps.
+    optim=replace(_TINY_OPTIM, lr=1e-3, min_lr=1e-5, vision_lr_scale=0.2),
     stage2=Stage2Config(
         joint=Stage2ModelConfig(embed_dim=128, fusion_dim=128), mask_ratio=0.5, max_tokens=40
     ),

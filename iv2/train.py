@@ -27,7 +27,8 @@ from iv2.checkpoint import (
     save_training_checkpoint,
     save_weights,
 )
-from iv2.config import OptimConfig, TrainConfig, differences, to_dict, to_json
+from iv2.config import OptimConfig, TrainConfig, differences, to_json
+from iv2.config_json import to_dict
 from iv2.data.clips import Sample
 from iv2.data.files import write_text
 from iv2.data.mixed import join_states

@@ -28,7 +28,7 @@ from iv2.data.toy_words import SPOKEN, TEXT_QUESTIONS, question_texts, vocabular
 from iv2.models.language import VIDEO_END, VIDEO_START
 
 # Raised whenever the same arguments would give other clips or questions.
-VERSION = 4
+VERSION = 5
 # MVBench's protocol, in its own words: results are comparable only with these.
 SYSTEM_PROMPT = (
     "Carefully watch the video and pay attention to the cause and sequence of events, the detail "

@@ -3,11 +3,14 @@
 Over the sound a voice may say a word, which the picture does not show.
 
 The state of the shape is a point on a torus: column, row, angle and size, each in [0, 1) and each
-wrapping around. A motion adds a constant speed to one of the four coordinates. Every clip starts
-at a point drawn uniformly, and a uniform point shifted by a constant is uniform again: a frame
-taken anywhere in a clip has the same distribution under all eight motions. Opposite motions are
-each other's time reversal. The video is coded intra-only at a constant quantiser, so the codec
-adds no trace of the neighbouring frames either. Motion has to be read from several frames.
+wrapping around. A motion adds a constant speed to one of the four coordinates. Column, row and size
+start at a point drawn uniformly, and a uniform point shifted by a constant is uniform again: they
+have the same distribution in each frame under all eight motions. Angles are near upright, since at
+any angle a small encoder needs far more clips to tell shapes apart (41 % against 85 % after 600
+steps), and a shape that turns is upright half-way: a frame may tell that it turns, not which way.
+Opposite motions are each other's time reversal. The video is coded intra-only at a constant
+quantiser, so the codec adds no trace of the neighbouring frames either. Motion has to be read from
+several frames.
 
 A motion covers less than half a turn of its coordinate within a clip, so that the sign of the
 change is the same for every pair of frames and a small model can learn it in minutes.
@@ -15,9 +18,11 @@ change is the same for every pair of frames and a small model can learn it in mi
 
 import json
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +38,7 @@ from iv2.data.toy_words import SPOKEN, captions, vocabulary
 Floats = NDArray[np.float32]
 
 # Raised whenever the same arguments would give other clips.
-VERSION = 6
+VERSION = 7
 
 # Coordinate of (column, row, angle, size) that moves, and its sign. Rows grow downwards.
 MOTIONS: dict[str, tuple[int, int]] = {
@@ -81,6 +86,7 @@ SAMPLE_RATE = 16_000
 FPS = 8
 # Diameters as fractions of the frame; the size coordinate is logarithmic between them.
 SMALLEST, LARGEST = 0.3, 0.75
+TILT = 0.04  # of a shape, turns to either side, at most
 # Part of its torus coordinate that a motion covers over the whole clip.
 TRAVEL = (0.36, 0.49)
 
@@ -129,13 +135,25 @@ def draw_clip(seed: int, index: int, *, scenes: int = 0, speech: bool = False) -
         del attributes["word"]
     rng = _rng(seed, 2, index)
     column, row, angle, size, travel, contrast = (float(u) for u in rng.random(6))
+    travel = TRAVEL[0] + (TRAVEL[1] - TRAVEL[0]) * travel
     return Clip(
         attributes=attributes,
-        start=(column, row, angle, size),
-        travel=TRAVEL[0] + (TRAVEL[1] - TRAVEL[0]) * travel,
+        start=(column, row, upright(angle, [attributes["motion"]], travel), size),
+        travel=travel,
         contrast=0.10 + 0.08 * contrast,
         captions=captions(attributes, rng),
     )
+
+
+def upright(u: float, motions: Sequence[str], travel: float) -> float:
+    """The angle at which a shape starts, in turns in [0, 1), drawn by u in [0, 1).
+
+    Upright, but for a tilt, or as far on one side of that as it turns to the other: which way it
+    turns is not to be seen in any frame.
+    """
+    steps = [MOTIONS[motion][1] * travel * (MOTIONS[motion][0] == 2) for motion in motions]
+    angles = list(accumulate(steps, initial=0.0))
+    return ((2 * u - 1) * TILT - (min(angles) + max(angles)) / 2) % 1.0
 
 
 def _attributes(seed: int, index: int) -> dict[str, str]:

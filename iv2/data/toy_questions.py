@@ -77,7 +77,8 @@ def ask(scene: Scene, seed: int, index: int, *, held_out: bool = False) -> list[
     for stream, claims in enumerate((_claims_seen(scene), _claims_heard(scene))):
         if claims:
             truth = bool(_rng(seed, STREAM + 1, stream, index // 2).random() < 0.5) ^ (index % 2)
-            targets.append(_claim(claims, bool(truth), stream == 1, rng))
+            key = list(claims)[int(rng.random() * len(claims))]
+            targets.append(_claim(key, claims[key], bool(truth), rng))
     asked = [
         _worded(target, held_out and (index + place) % 2 == 1, rng)
         for place, target in enumerate(targets)
@@ -146,10 +147,14 @@ def _order(attribute: str, events: Sequence[str], rng: np.random.Generator) -> _
     return _Target("before_after", key, attribute, value, fields, (other,), attribute == "sound")
 
 
-def _claims_seen(scene: Scene) -> dict[str, tuple[str, set[str], dict[str, str]]]:
-    """By wordings: the attribute, its true values, and more to fill in."""
+# An attribute, its true values, and more to fill in.
+_Claim = tuple[str, set[str], dict[str, str]]
+
+
+def _claims_seen(scene: Scene) -> dict[str, _Claim]:
+    """By wordings."""
     mover = scene.movers[0]
-    claims: dict[str, tuple[str, set[str], dict[str, str]]] = {
+    claims: dict[str, _Claim] = {
         "is shape": ("shape", {m.shape for m in scene.movers}, {}),
         "is colour": ("colour", {m.colour for m in scene.movers}, {}),
     }
@@ -160,35 +165,27 @@ def _claims_seen(scene: Scene) -> dict[str, tuple[str, set[str], dict[str, str]]
     return claims
 
 
-def _claims_heard(scene: Scene) -> dict[str, tuple[str, set[str], dict[str, str]]]:
-    claims: dict[str, tuple[str, set[str], dict[str, str]]]
-    claims = {"is sound": ("sound", set(scene.sounds), {})}
+def _claims_heard(scene: Scene) -> dict[str, _Claim]:
+    claims: dict[str, _Claim] = {"is sound": ("sound", set(scene.sounds), {})}
     if scene.word is not None:
         claims["is word"] = ("word", {scene.word}, {})
     return claims
 
 
-def _claim(
-    claims: dict[str, tuple[str, set[str], dict[str, str]]],
-    truth: bool,
-    heard: bool,
-    rng: np.random.Generator,
-) -> _Target:
-    key = list(claims)[int(rng.random() * len(claims))]
-    attribute, true, fields = claims[key]
+def _claim(key: str, claim: _Claim, truth: bool, rng: np.random.Generator) -> _Target:
+    attribute, true, fields = claim
     values = [value for value in _VALUES[attribute] if (value in true) == truth]
     value = values[int(rng.random() * len(values))]
     fields = {**fields, attribute: answer_word(attribute, value)}
-    return _Target("yes_no", key, "", "yes" if truth else "no", fields, sound=heard)
+    answer = "yes" if truth else "no"
+    return _Target("yes_no", key, "", answer, fields, sound=attribute in ("sound", "word"))
 
 
 def every_claim(scene: Scene, rng: np.random.Generator) -> list[Asked]:
     """For each attribute a question to say yes to, and one to say no to."""
     claims = {**_claims_seen(scene), **_claims_heard(scene)}
     targets = [
-        _claim({key: claim}, truth, False, rng)
-        for key, claim in claims.items()
-        for truth in (True, False)
+        _claim(key, claim, truth, rng) for key, claim in claims.items() for truth in (True, False)
     ]
     return [_worded(target, False, rng) for target in targets]
 

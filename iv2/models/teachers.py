@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -50,6 +51,41 @@ class TeacherOutput:
         if self.patches_per_frame is not None:
             rows = rows + torch.div(ids_keep, self.patches_per_frame, rounding_mode="floor")
         return F.pad(rows, (1, 0)) if self.has_cls else rows
+
+    def row(self, place: int) -> TeacherOutput:
+        """A copy of what is of one clip, as a batch of one."""
+
+        def one(x: Tensor) -> Tensor:
+            return x[place : place + 1].clone()
+
+        return replace(
+            self,
+            tokens=[one(x) for x in self.tokens],
+            pooled=None if self.pooled is None else one(self.pooled),
+            attention=None if self.attention is None else one(self.attention),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tensors."""
+        tensors = (*self.tokens, self.pooled, self.attention)
+        return sum(x.nbytes for x in tensors if x is not None)
+
+
+def join_outputs(parts: Sequence[TeacherOutput]) -> TeacherOutput:
+    """The output for a batch from those for its parts, in order."""
+    first = parts[0]
+    return replace(
+        first,
+        tokens=[torch.cat(layer) for layer in zip(*(p.tokens for p in parts), strict=True)],
+        pooled=_joined([p.pooled for p in parts]),
+        attention=_joined([p.attention for p in parts]),
+    )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [x for x in parts if x is not None]
+    return torch.cat(found) if found else None
 
 
 class Teacher(nn.Module):

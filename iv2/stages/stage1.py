@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from iv2.config import Stage1Config
-from iv2.models.teachers import TEACHERS, Teacher, TeacherOutput, build_teacher
+from iv2.models.teachers import TEACHERS, Teacher, TeacherOutput, build_teacher, join_outputs
 from iv2.models.vision import Predictions, VisionConfig, VisionEncoder
 from iv2kernels import attention_guided_mask, distill_loss, random_mask, tube_mask
 
 # Between the drop-path keys of two masks of the same clip.
 _MASK_SALT = 0x5DEECE66D
+
+# What clip_teacher and mae_teacher give.
+Targets = tuple[TeacherOutput | None, TeacherOutput | None]
 
 
 class Stage1(nn.Module):
@@ -49,6 +54,8 @@ class Stage1(nn.Module):
             if teacher is not None:
                 teacher.freeze()
         self.stride, self.image_stride = self._strides()
+        cached = config.teacher_cache_bytes
+        self._cache = TargetCache(self._ask, cached) if cached else None
         self.loss_weights: dict[str, float] = {}
         if clip_teacher is not None:
             self.loss_weights["clip"] = config.clip_weight
@@ -92,8 +99,13 @@ class Stage1(nn.Module):
         self,
         video: Tensor,  # uint8 [B, T, H, W, 3] | float [B, 3, T, H, W]
         seen: Tensor | None = None,  # the student's frames of it
-    ) -> tuple[TeacherOutput | None, TeacherOutput | None]:
+    ) -> Targets:
         """What the teachers give for a batch; the first sees frames of the student's."""
+        if self._cache is not None:
+            return self._cache(video)
+        return self._ask(video, seen)
+
+    def _ask(self, video: Tensor, seen: Tensor | None = None) -> Targets:
         clip_teacher, mae_teacher = self._teachers
         seen = every_frame(video, self.stride) if seen is None else seen
         with torch.autocast(video.device.type, enabled=False):
@@ -186,6 +198,51 @@ class Stage1(nn.Module):
                     f"Stage1: {name} of the student must be {getattr(want, name)} for these "
                     f"teachers, got {getattr(have, name)}"
                 )
+
+
+class TargetCache:
+    """Targets of clips that come again, by what the clips hold.
+
+    Args:
+        ask: Gives the targets of a batch.
+        max_bytes: Memory; when it is full, clips that are not in it are asked for each time.
+    """
+
+    def __init__(self, ask: Callable[[Tensor], Targets], max_bytes: int) -> None:
+        self._ask, self._left = ask, max_bytes
+        self._kept: dict[bytes, Targets] = {}
+
+    def __call__(self, video: Tensor) -> Targets:  # uint8 [B, T, H, W, 3] | float [B, 3, T, H, W]
+        keys = [_content(clip) for clip in video]
+        found = {key: self._kept[key] for key in keys if key in self._kept}
+        new = {key: place for place, key in enumerate(keys) if key not in found}
+        if new:
+            asked = self._ask(video[list(new.values())])
+            for place, key in enumerate(new):
+                found[key] = (_row(asked[0], place), _row(asked[1], place))
+                self._keep(key, found[key])
+        first, second = zip(*(found[key] for key in keys), strict=True)
+        return _join(first), _join(second)
+
+    def _keep(self, key: bytes, targets: Targets) -> None:
+        size = sum(output.num_bytes for output in targets if output is not None)
+        if size <= self._left:
+            self._left -= size
+            self._kept[key] = targets
+
+
+def _content(clip: Tensor) -> bytes:
+    values = clip.cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(values.data, digest_size=16).digest()
+
+
+def _row(output: TeacherOutput | None, place: int) -> TeacherOutput | None:
+    return None if output is None else output.row(place)
+
+
+def _join(parts: tuple[TeacherOutput | None, ...]) -> TeacherOutput | None:
+    found = [part for part in parts if part is not None]
+    return join_outputs(found) if found else None
 
 
 _DECODER_FIELDS = (

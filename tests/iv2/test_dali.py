@@ -16,7 +16,8 @@ import torch
 from media import real_clip, with_display_matrix, write_video
 from torch import Tensor
 
-from iv2.config import DataConfig, TrainConfig, from_dict, to_dict
+from iv2.config import DataConfig, TrainConfig
+from iv2.config_json import from_dict, to_dict
 from iv2.data import dali
 from iv2.data.audio import SoundConfig
 from iv2.data.clips import Sample, read_list, tsn_indices

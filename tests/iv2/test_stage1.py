@@ -275,3 +275,47 @@ def test_autocast_is_close():
         rough = stage(found)
     for name in exact:
         torch.testing.assert_close(rough[name], exact[name], rtol=5e-2, atol=1e-2)
+
+
+def test_targets_of_clips_that_come_again_are_kept():
+    found, other = batch(4), batch(4)
+    other = other | {"video": other["video"].flip(0)}  # the same clips in other places
+    plain = stage1(HALF)
+    kept = stage1(replace(HALF, teacher_cache_bytes=1 << 20))
+    asked = []
+    teacher = kept._teachers[1]
+    forward = teacher.forward
+    teacher.forward = lambda video: asked.append(len(video)) or forward(video)
+    for video in (found["video"], other["video"]):
+        for got, want in zip(kept.targets(video), plain.targets(video), strict=True):
+            assert (got.patches_per_frame, got.has_cls) == (want.patches_per_frame, want.has_cls)
+            torch.testing.assert_close(got.tokens, want.tokens)
+            torch.testing.assert_close(got.attention, want.attention)
+            assert (got.pooled is None) == (want.pooled is None)
+            if got.pooled is not None:
+                torch.testing.assert_close(got.pooled, want.pooled)
+    assert asked == [4]
+    changed = found["video"].clone()
+    changed[2, 0, 0, 0, 0] += 1
+    kept.targets(changed)
+    assert asked == [4, 1]
+    twice = found["video"][[1, 1, 3]]  # one clip twice in a batch
+    for got, want in zip(kept.targets(twice), plain.targets(twice), strict=True):
+        torch.testing.assert_close(got.tokens, want.tokens)
+    assert asked == [4, 1]
+
+
+def test_a_full_cache_asks_again():
+    found = batch(3)
+    one = stage1(HALF).targets(found["video"][:1])
+    size = sum(output.num_bytes for output in one)
+    stage = stage1(replace(HALF, teacher_cache_bytes=2 * size))
+    asked = []
+    teacher = stage._teachers[1]
+    forward = teacher.forward
+    teacher.forward = lambda video: asked.append(len(video)) or forward(video)
+    stage.targets(found["video"])
+    stage.targets(found["video"])
+    assert asked == [3, 1]  # the third clip does not fit
+    with pytest.raises(ValueError, match="teacher_cache_bytes must be >= 0, got -1"):
+        Stage1Config(teacher_cache_bytes=-1)

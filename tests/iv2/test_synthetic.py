@@ -78,7 +78,7 @@ def test_finished_world_is_kept_and_another_is_refused(tmp_path: Path) -> None:
 def test_a_frame_of_any_motion_is_a_frame_of_every_other_motion(motion: str) -> None:
     """Frame t of one motion is frame t of another whose start is shifted by a constant.
 
-    Starts are uniform on the torus, so the shift leaves their distribution as it is.
+    But for angles, starts are uniform, so the shift leaves their distribution as it is.
     """
     clip = with_motion(draw_clip(0, 3), motion)
     state = states(clip, 16)
@@ -97,10 +97,25 @@ def test_starts_are_uniform_and_independent_of_the_motion() -> None:
     starts = np.array([clip.start for clip in drawn])
     motion = np.array([clip.labels["motion"] for clip in drawn])
     for label in range(8):
-        for axis in range(4):
+        for axis in (0, 1, 3):
             counts = np.histogram(starts[motion == label, axis], bins=8, range=(0, 1))[0]
             chi2 = ((counts - 62.5) ** 2 / 62.5).sum()
             assert chi2 < 30  # 7 degrees of freedom: p = 1e-4
+
+
+def test_shapes_are_upright_half_way_so_that_no_frame_tells_which_way_they_turn() -> None:
+    angles: dict[str, list[float]] = {}
+    for clip in clips(400):
+        turns = (states(clip, 16)[:, 2].astype(np.float64) + 0.5) % 1.0 - 0.5
+        assert abs(turns.min() + turns.max()) / 2 <= synthetic.TILT + 1e-6
+        if "clockwise" not in clip.attributes["motion"]:
+            assert abs(turns).max() <= synthetic.TILT + 1e-6
+        angles.setdefault(clip.attributes["motion"], []).extend(turns)
+    one, other = (np.sort(angles[name]) for name in ("clockwise", "counter-clockwise"))
+    assert one[-1] - one[0] > 0.4
+    assert np.interp(np.linspace(0, 1, 9), np.linspace(0, 1, len(one)), one) == pytest.approx(
+        np.interp(np.linspace(0, 1, 9), np.linspace(0, 1, len(other)), other), abs=0.05
+    )
 
 
 @pytest.mark.parametrize(

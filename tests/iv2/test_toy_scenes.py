@@ -125,6 +125,14 @@ def test_a_motion_alone_goes_on_and_turns_the_way_it_says() -> None:
     assert ours == pytest.approx(angles, abs=1e-5)
 
 
+def test_no_shuffled_clip_tells_which_way_a_shape_turns() -> None:
+    for layout in ("one", "two_motions", "two_shapes"):
+        for _, scene in scenes(layout, 40):
+            for mover in scene.movers:
+                turns = (states(mover, 33)[:, 2].astype(np.float64) + 0.5) % 1.0 - 0.5
+                assert abs(turns.min() + turns.max()) / 2 <= synthetic.TILT + 1e-6
+
+
 def spectrum(wave: np.ndarray) -> np.ndarray:
     power = np.abs(np.fft.rfft(wave)) ** 2
     bands = np.log(1e-6 + np.add.reduceat(power, np.linspace(0, len(power), 33).astype(int)[:-1]))
