@@ -277,6 +277,9 @@ class Stage3Config:
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     # The language model, its template, and what of it is trained.
     lm: LanguageConfig = field(default_factory=LanguageConfig)
+    # What is learnt: the tokens of answers, or that the embeddings of a video are like the words of
+    # its caption: of what is seen, and heard where there is sound.
+    learns: Literal["next_token", "words"] = "next_token"
     # Last blocks of the video encoder that are left out.
     skip_blocks: int = 1
     # What is not trained beside the language model: modules or parameters, such as vision_encoder.

@@ -37,6 +37,8 @@ class Budget3:
     # Of the language model alone, reading captions in the place of videos: short ones, then all.
     word_steps: int
     text_steps: int
+    # Of what stands between the towers and the language model, which finds the words of captions.
+    align_steps: int
     steps: int
     batch_size: int
     # Held-out questions of either form: all on the first clips.
@@ -54,7 +56,8 @@ DEMO3 = Budget3(
     clips=1000,
     word_steps=150,
     text_steps=220,
-    steps=220,
+    align_steps=120,
+    steps=120,
     batch_size=32,
     questions=300,
     compare=False,
@@ -65,7 +68,8 @@ LEARN3 = Budget3(
     clips=4000,
     word_steps=250,
     text_steps=900,
-    steps=1000,
+    align_steps=500,
+    steps=700,
     batch_size=32,
     questions=600,
     compare=True,
@@ -83,16 +87,16 @@ def world(budget: Budget3, out: Path) -> Path:
 def configs(
     budget: Budget3, out: Path, folder: Path, stage2_weights: str
 ) -> dict[str, TrainConfig]:
-    """The runs in order: the language model, then all of it from stage 2, or from random towers."""
+    """The runs in order: the language model, then the towers before it, of stage 2 or random."""
 
     def of(recipe: str, name: str, steps: int, batch_size: int = 0, **stage3: Any) -> TrainConfig:
         base = sized(RECIPES[recipe], out / name, folder, steps, steps // 10, batch_size)
         lm = replace(base.stage3.lm, folder=str(folder))
         return replace(base, stage3=replace(base.stage3, lm=lm, **stage3))
 
-    starts = {"stage3": stage2_weights}
+    starts = {"": stage2_weights}
     if budget.compare:
-        starts["stage3-random"] = ""
+        starts["-random"] = ""
     words, reads = (str(out / f"stage3-{name}" / "model.safetensors") for name in ("words", "text"))
     runs = {
         "stage3-words": of("stage3-tiny-words", "stage3-words", budget.word_steps),
@@ -100,7 +104,12 @@ def configs(
     }
     for name, start in starts.items():
         inits = {"vision_init": start, "audio_init": start, "lm_init": reads}
-        runs[name] = of("stage3-tiny", name, budget.steps, budget.batch_size, **inits)
+        align = f"stage3-align{name}"
+        runs[align] = of("stage3-tiny-align", align, budget.align_steps, budget.batch_size, **inits)
+        aligned = str(out / align / "model.safetensors")
+        runs[f"stage3{name}"] = of(
+            "stage3-tiny", f"stage3{name}", budget.steps, budget.batch_size, chat_init=aligned
+        )
     return runs
 
 

@@ -41,6 +41,8 @@ CHOICE_PREFIX = "Best option:("
 _ROUNDS = 3
 # Part of the captions that is asked for: one has more tokens than all other answers on a clip.
 _CAPTIONS = 0.25
+# Captions of a kind on a training clip.
+_WORDINGS = 4
 # Held-out clips are those of another seed.
 _HELD_OUT_SEED = 0x68656C64
 
@@ -166,9 +168,9 @@ def write_questions(
         workers: Threads that render and encode.
 
     Returns:
-        The path of `list.jsonl`: the training clips with `path`, `captions` (visual and av) and
-        `attributes` (layout, shapes, events, background, tone, and word where one is spoken).
-        Beside it are `instructions.jsonl` (conversations on what is seen),
+        The path of `list.jsonl`: the training clips with `path`, `captions` (visual and av, four
+        wordings of each) and `attributes` (layout, shapes, events, background, tone, and word where
+        one is spoken). Beside it are `instructions.jsonl` (conversations on what is seen),
         `instructions-sound.jsonl` (and heard), `instructions-described.jsonl` (on captions in the
         place of clips), `instructions-words.jsonl` (on the part of a caption that answers),
         `instructions-text.jsonl` (which word means which),
@@ -218,7 +220,10 @@ def write_questions(
         lists.setdefault("instructions-words", []).extend(rows["words"])
         rng = _rng(seed, STREAM + 3, index)
         parts = {"visual": "seen", "av": "all"}
-        texts = {kind: caption(scene, part, rng)[0] for kind, part in parts.items()}
+        texts = {
+            kind: [caption(scene, part, rng)[0] for _ in range(_WORDINGS)]
+            for kind, part in parts.items()
+        }
         row = {"path": name, "captions": texts, "attributes": scene.attributes}
         lists.setdefault("list", []).append(row)
     write_text(out / "vocab.txt", "".join(f"{word}\n" for word in question_vocabulary()))

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from iv2.checkpoint import load_checkpoint, load_weights, read_weights
 from iv2.config import Stage3Config
-from iv2.data.captions import Tokenizer
+from iv2.data.captions import Tokenizer, choose_captions
 from iv2.data.tiles import tiles
 from iv2.models.audio import AudioConfig
 from iv2.models.language import (
     Language,
+    base,
     build_language,
     hidden_states,
     next_token_loss,
@@ -32,6 +33,7 @@ from iv2.models.text import PackedText
 from iv2.models.vision_config import VisionConfig
 from iv2.stages.conversation import Conversation, ConversationTooLongError, Tokens
 from iv2.stages.stage2 import share_of_mean
+from iv2.stages.words import words_loss
 from iv2kernels import Packed
 
 # The trunk of stage 2 has more than is needed; tables of images may be absent.
@@ -86,7 +88,7 @@ class Stage3(nn.Module):
         super().__init__()
         self.model, self.config, self.words = model, config, words
         self.language_tokenizer = language.tokenizer
-        self.loss_weights = {"next_token": 1.0}
+        self.loss_weights = {config.learns: 1.0}
         self.conversation = Conversation(language.tokenizer, config.lm.format, model.num_queries)
         self.skipped: dict[str, str] = {}
         self.dropped_rounds = 0
@@ -164,17 +166,20 @@ class Stage3(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The loss by name, ``next_token``.
+        """The loss by name, ``next_token`` or ``words``.
 
         Args:
-            batch: ``messages`` (a conversation for each sample), ``video`` unless it is of text
-                alone, ``views`` where that is tiles already, ``fbank`` where it is heard too,
-                ``seeds``, ``paths``, and perhaps ``unusable``: ``Batches`` describes them.
+            batch: ``messages`` (a conversation for each sample), or ``captions``, ``video`` unless
+                it is of text alone, ``views`` where that is tiles already, ``fbank`` where it is
+                heard too, ``seeds``, ``paths``, and perhaps ``unusable``: ``Batches`` describes
+                them.
 
         Raises:
-            ValueError: A conversation is none; its sample is named. There is sound without video,
-                or without an audio tower.
+            ValueError: A conversation is none, or a caption is missing; its sample is named. There
+                is sound without video, or without an audio tower.
         """
+        if self.config.learns == "words":
+            return {"words": self._words(batch)}
         device = self.model.project_up.weight.device
         (views, counts), fbank = self._views(batch), batch.get("fbank")
         if fbank is not None and views is None:
@@ -198,6 +203,18 @@ class Stage3(nn.Module):
         learnt = targets >= 0
         loss = next_token_loss(self.model.lm, hidden[learnt], targets[learnt])
         return {"next_token": share_of_mean(loss, int(learnt.sum()))}
+
+    def _words(self, batch: dict[str, Any]) -> Tensor:
+        if "video" not in batch or "views" in batch or self.config.tiles:
+            raise ValueError("Stage3: batch must have one view a sample where words are learnt")
+        kind = "av" if "fbank" in batch else "visual"
+        captions = choose_captions(batch, kind, training=self.training)
+        words = self.language_tokenizer(captions, add_special_tokens=False)["input_ids"]
+        seeds = batch["seeds"] if self.training else None
+        instructions = [[{"role": "user", "content": ""}]] * len(captions)
+        found = self.see(batch["video"][:, None], instructions, seeds, batch.get("fbank"))
+        table = base(self.model.lm).get_input_embeddings().weight
+        return words_loss(found, table, words)
 
     def see(
         self,

@@ -19,6 +19,7 @@ BUDGET = Budget3(
     clips=4,
     word_steps=1,
     text_steps=2,
+    align_steps=1,
     steps=1,
     batch_size=2,
     questions=12,
@@ -48,7 +49,10 @@ def finished(tmp_path_factory):
 
 def test_results(finished):
     out, results = finished
-    assert results["runs"] == ["stage3-words", "stage3-text", "stage3", "stage3-random"]
+    assert results["runs"] == [
+        *("stage3-words", "stage3-text"),
+        *("stage3-align", "stage3", "stage3-align-random", "stage3-random"),
+    ]
     for form in ("open", "choices"):
         table = results[form]["table"]
         assert list(table["answers"]) == COLUMNS
@@ -87,7 +91,10 @@ def test_runs_start_from_stage_2_and_from_nothing(finished):
                 assert (saved[layer] - tensor).abs().max() < 5e-3, (name, layer)
     config = json.loads((out / "stage3" / "config.json").read_text())
     assert config["data"]["path"] == str(out / "questions")
-    assert config["stage3"]["vision_init"] == config["stage3"]["audio_init"]
+    assert config["stage3"]["chat_init"] == str(out / "stage3-align" / "model.safetensors")
+    align = json.loads((out / "stage3-align" / "config.json").read_text())
+    assert align["stage3"]["vision_init"] == align["stage3"]["audio_init"]
+    assert align["stage3"]["lm_init"] == str(out / "stage3-text" / "model.safetensors")
 
 
 def test_the_lead_over_the_best_baseline(finished, monkeypatch):
@@ -102,7 +109,7 @@ def test_the_lead_over_the_best_baseline(finished, monkeypatch):
     monkeypatch.setattr(demo_steps, "train_run", None)
     short = replace(BUDGET, compare=False, goal=15.0)
     found = demo_stage3.run(short, out, "x")
-    assert found["runs"] == ["stage3-words", "stage3-text", "stage3"]
+    assert found["runs"] == ["stage3-words", "stage3-text", "stage3-align", "stage3"]
     assert "choices" not in found
     assert [row["value"] for row in found["goals"]] == [14, 10]  # the order of frames apart
     assert [row["met"] for row in found["goals"]] == [False, False]

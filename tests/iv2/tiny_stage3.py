@@ -94,10 +94,13 @@ def batch_of(*messages: list[dict[str, str]], video: bool = True, size: int = 28
 class RandomBatches:
     """Samples that are a function of their number; a global batch is cut into the ranks' parts.
 
-    Every third global batch is of text alone.
+    Every third global batch is of text alone, unless all are videos.
     """
 
-    def __init__(self, batch_size: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, batch_size: int, rank: int = 0, world: int = 1, *, videos: bool = False
+    ) -> None:
+        self.videos = videos
         self.batch_size, self.rank, self.world = batch_size, rank, world
         self.position = 0
         self.dataset = range(32)
@@ -105,7 +108,7 @@ class RandomBatches:
 
     def __next__(self) -> dict:
         first = self.position + self.rank * self.batch_size
-        video = self.position // (self.batch_size * self.world) % 3 != 1
+        video = self.videos or self.position // (self.batch_size * self.world) % 3 != 1
         self.position += self.batch_size * self.world
         numbers = [i % 32 for i in range(first, first + self.batch_size)]
         # ranks have answers of different lengths
@@ -114,6 +117,8 @@ class RandomBatches:
         ]
         batch = batch_of(*rounds, video=video)
         batch["seeds"] = torch.tensor([1000 + i for i in numbers])
+        batch["captions"] = [{"visual": messages[-1]["content"]} for messages in rounds]
+        batch["attributes"] = [{} for _ in rounds]
         if video:
             made = [torch.Generator().manual_seed(i) for i in numbers]
             batch["video"] = torch.stack(
@@ -131,7 +136,9 @@ class RandomBatches:
         self.position = state["position"]
 
 
-def main(run_dir: str, steps: int = 4, batch_size: int = 6, **lm: str) -> None:
+def main(
+    run_dir: str, steps: int = 4, batch_size: int = 6, learns: str = "next_token", **lm: str
+) -> None:
     torch.set_num_threads(1)
     with distributed.world("cpu") as world:
         folder = Path(run_dir).parent
@@ -140,10 +147,11 @@ def main(run_dir: str, steps: int = 4, batch_size: int = 6, **lm: str) -> None:
             run_dir=run_dir,
             precision="float32",
             optim=OptimConfig(lr=1e-3, min_lr=1e-3, lr_batch=0, steps=steps, warmup_steps=1),
-            stage3=CONFIG,
+            stage3=replace(CONFIG, learns=learns),
         )
-        stage = tiny_stage(folder, **lm)
-        batches = RandomBatches(batch_size // world.size, world.rank, world.size)
+        stage = tiny_stage(folder, config.stage3, **lm)
+        words = learns == "words"
+        batches = RandomBatches(batch_size // world.size, world.rank, world.size, videos=words)
         train(stage, batches, config, world)
 
 
