@@ -121,7 +121,7 @@ def shard(
 ) -> None:
     """Write the videos of a list as WebDataset tars, with small copies that are cheap to read.
 
-    A killed run goes on where it was; a finished one does nothing. Train on OUT/list.jsonl. Broken
+    A killed run goes on where it was; a finished one does nothing. Train on OUT. Broken
     videos are in OUT/quarantine.jsonl with the reason, counts and checksums in OUT/manifest.json.
     With other captions of the same videos the tars of videos stay as they are.
 

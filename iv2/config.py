@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from iv2.config_json import flat, from_dict, to_dict
-from iv2.data.loader import ClipConfig
+from iv2.data.dataset import ClipConfig
 from iv2.models.audio import AudioConfig
 from iv2.models.clip import ClipModelConfig
 from iv2.models.language import LanguageConfig
@@ -42,7 +42,7 @@ class SourceConfig:
 class DataConfig:
     """Which clips are read, and how."""
 
-    # Folder of videos, or list of clips (.jsonl, .json, .csv).
+    # Folder of shards (iv2 shard) or of videos, or list of clips (.jsonl, .json, .csv).
     path: str = ""
     # What the list of path is of; empty takes the rows' own kind.
     kind: Literal["", "image", "video", "audio", "audio_video"] = ""

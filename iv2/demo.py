@@ -19,9 +19,10 @@ from iv2 import demo_stage2, demo_stage3, report, speed
 from iv2.checkpoint import load_checkpoint
 from iv2.config import TrainConfig
 from iv2.data.clips import read_list
+from iv2.data.dataset import VideoDataset
 from iv2.data.decode import decode
 from iv2.data.decode import probe as probe_video
-from iv2.data.loader import Batches, VideoDataset
+from iv2.data.loader import Batches
 from iv2.data.synthetic import write_toyworld
 from iv2.demo_stage2 import DEMO2, LEARN2, Budget2
 from iv2.demo_stage3 import DEMO3, LEARN3, Budget3

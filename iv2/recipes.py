@@ -19,7 +19,7 @@ from iv2.config import (
     TrainConfig,
 )
 from iv2.data.audio import SoundConfig
-from iv2.data.loader import ClipConfig
+from iv2.data.dataset import ClipConfig
 from iv2.data.transforms import CropConfig
 from iv2.models.audio import AUDIO
 from iv2.models.clip import ClipModelConfig

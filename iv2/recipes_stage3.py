@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from iv2.config import DataConfig, OptimConfig, SourceConfig, Stage3Config, TrainConfig
 from iv2.data.audio import SoundConfig
-from iv2.data.loader import ClipConfig
+from iv2.data.dataset import ClipConfig
 from iv2.data.transforms import CropConfig
 from iv2.models.audio import AUDIO
 from iv2.models.language import LanguageConfig

@@ -27,16 +27,16 @@ from iv2.checkpoint import (
     save_training_checkpoint,
     save_weights,
 )
-from iv2.config import OptimConfig, SourceConfig, TrainConfig, differences, to_json
+from iv2.config import OptimConfig, TrainConfig, differences, to_json
 from iv2.config_json import to_dict
-from iv2.data.clips import Sample, read_list
+from iv2.data.clips import Sample
 from iv2.data.files import write_text
-from iv2.data.loader import Batches, VideoDataset
-from iv2.data.mixed import MixedBatches, join_states
+from iv2.data.mixed import join_states
 from iv2.distributed import World
 from iv2.distributed import world as join_world
 from iv2.models.vision import VisionEncoder
 from iv2.optim import AdamW, Schedule, num_blocks, parameter_groups
+from iv2.run_data import open_batches, read_sources
 from iv2.run_folder import Log, Progress, checkpoints, latest_checkpoint, step_of
 from iv2.stages.clip import ClipStage, build_clip_stage
 from iv2.stages.finetune import build_finetune, find_classes
@@ -143,7 +143,7 @@ def run(config: TrainConfig) -> Result:
         FileNotFoundError: There is no such data.
     """
     with join_world(config.device) as world:
-        sources = _sources(config)
+        sources = read_sources(config)
         samples = [sample for source in sources for sample in source]
         torch.manual_seed(config.seed)  # the same weights in each process
         stage, config = build_stage(config, samples, world.device)
@@ -156,55 +156,8 @@ def run(config: TrainConfig) -> Result:
             Path(config.run_dir).mkdir(parents=True, exist_ok=True)
             stage.tokenizer.save(config.run_dir)  # the run's own, so that its folder can be moved
         torch.manual_seed(config.seed + world.rank)
-        with _batches(config, sources, world) as batches:
+        with open_batches(config, sources, world) as batches:
             return train(stage, batches, config, world)
-
-
-def _sources(config: TrainConfig) -> list[list[Sample]]:
-    """The lists of a run, each of one kind.
-
-    Raises:
-        ValueError: There is none.
-    """
-    data = config.data
-    sources = data.sources or (SourceConfig(data.path, data.kind),)
-    if not all(source.path for source in sources):
-        raise ValueError("train: data.path must be a folder of videos or a list, got nothing")
-    if not data.sources:
-        return [read_list(data.path, data.kind)]
-    if data.path and not Path(data.path).is_dir():
-        names = ", ".join(source.path for source in sources)
-        raise ValueError(f"train: data.path must be the folder of {names}, got {data.path}")
-    return [read_list(Path(data.path) / source.path, source.kind) for source in sources]
-
-
-def _batches(
-    config: TrainConfig, sources: list[list[Sample]], world: World
-) -> Batches | MixedBatches:
-    data = config.data
-    described = data.sources or (SourceConfig(data.path, data.kind),)
-    cached = sum(samples[0].kind != "text" for samples in sources)
-    parts = [
-        Batches(
-            VideoDataset(
-                samples,
-                replace(data.clip, num_frames=source.num_frames or data.clip.num_frames),
-                seed=config.seed,
-                cache_bytes=data.cache_bytes // max(1, cached),
-                name=source.path,
-            ),
-            data.batch_size,
-            rank=world.rank,
-            world=world.size,
-            num_workers=math.ceil(data.num_workers / len(sources)),
-            max_bad_fraction=data.max_bad_fraction,
-        )
-        for samples, source in zip(sources, described, strict=True)
-    ]
-    if not data.sources:
-        return parts[0]
-    weights = [s.weight or len(p.dataset) for s, p in zip(described, parts, strict=True)]
-    return MixedBatches(parts, weights, seed=config.seed)
 
 
 def build_stage(

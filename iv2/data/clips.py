@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from iv2.data.files import is_far
+from iv2.data.joined import is_sharded, rows_of_shards
 
 VIDEO_SUFFIXES = frozenset(
     (
@@ -74,13 +75,13 @@ def read_list(path: str | Path, kind: str = "") -> list[Sample]:
     """Read a folder of files, or a list of clips.
 
     Args:
-        path: A folder (searched through, ordered by name), or a file: JSON lines (.jsonl), a JSON
-            array of objects (.json), or a table with a header (.csv). Each row has `path`
-            (relative to the folder of the list, absolute, or an address; in a tar as in a folder:
-            see iv2.data.files) and optionally `start`, `end`
-            (seconds), `captions` (an object by kind: visual, audio, speech, av, avs) or `caption`
-            (a visual one), each a string or a list of them, of which all but the first go to
-            `attributes["paraphrases"]`, `label` (an integer), `kind` (image, video, audio,
+        path: A folder of shards (see iv2.data.joined), another folder (searched through, ordered
+            by name), or a file: JSON lines (.jsonl), a JSON array of objects (.json), or a table
+            with a header (.csv). Each row has `path` (relative to the folder of the list, absolute,
+            or an address; in a tar as in a folder: see iv2.data.files) and optionally `start`,
+            `end` (seconds), `captions` (an object by kind: visual, audio, speech, av, avs) or
+            `caption` (a visual one), each a string or a list of them, of which all but the first go
+            to `attributes["paraphrases"]`, `label` (an integer), `kind` (image, video, audio,
             audio_video, text), `id`, `attributes` (an object) and `messages` (see
             `check_messages`; not in tables). A row of kind text has `messages` and needs no
             `path`. Further columns are kept in the sample's `attributes`.
@@ -88,15 +89,20 @@ def read_list(path: str | Path, kind: str = "") -> list[Sample]:
             rows say, and the videos of a folder. Clips with messages may be read as text.
 
     Raises:
-        FileNotFoundError: `path` does not exist.
-        ValueError: no clips, another kind of file, or a row that cannot be used, with its line.
+        FileNotFoundError: `path` does not exist, or half of a shard.
+        ValueError: no clips, another kind of file, a row that cannot be used, with its line, or a
+            shard that is not whole.
     """
     if kind and kind not in KINDS:
         raise ValueError(f"read_list: kind must be one of {', '.join(KINDS)}, got {kind!r}")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"read_list: path must be a folder or a list, got {path}")
-    if path.is_dir():
+    if path.is_dir() and is_sharded(path):
+        rows = rows_of_shards(path)
+        samples = [_sample(path / "list.jsonl", place, row, kind) for place, row in rows]
+        expected = "a folder of shards with at least one clip"
+    elif path.is_dir():
         if kind == "text":
             raise ValueError(f"read_list: path must be a list for kind text, got {path}")
         kind = kind or "video"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Collate:
@@ -19,9 +20,13 @@ class Collate:
     def __init__(self, kind: str, *, labelled: bool, tiled: bool) -> None:
         self.kind, self.labelled, self.tiled = kind, labelled, tiled
 
-    def __call__(self, items: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Any]]:
-        """The batch, and what was skipped for it."""
-        batch: dict[str, Any] = {}
+    def __call__(
+        self,
+        items: list[dict[str, Any]],
+        video: Tensor | None = None,  # [B, 3, T, H, W]
+    ) -> tuple[dict[str, Any], list[Any]]:
+        """The batch, and what was skipped for it; the videos are those of the items, or given."""
+        batch: dict[str, Any] = {} if video is None else {"video": video}
         if "video" in items[0]:
             videos = [item["video"] for item in items]
             batch["video"] = torch.cat(videos) if self.tiled else torch.stack(videos)

@@ -1,8 +1,8 @@
 """Videos as batches of clips by DALI: decoded, cut, resized, flipped and normalised on a GPU.
 
 A plain function on a batch of files in memory, in DALI's dynamic mode: the loader that calls it
-keeps the whole state, since DALI cannot save that of its decoder. Frame numbers and views are drawn
-outside, so that a sample stays a function of (seed, sample number)::
+(`ClipConfig.decoder` dali) keeps the whole state, since DALI cannot save that of its decoder. Frame
+numbers and views are drawn outside, so that a sample stays a function of (seed, sample number)::
 
     with Video(data, name) as video:
         low, high = video.frame_range(None, None)
@@ -62,6 +62,13 @@ def dynamic_mode() -> Any:
             f'decode: backend dali must be installed, with pip install "iv2[dali]", got {error}'
         ) from error
     return ndd
+
+
+def gpu_of(device: torch.device) -> int | None:
+    """The number of a GPU; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def clip(video: Video, indices: Sequence[int], view: View, *, device_id: int | None = None) -> Clip:

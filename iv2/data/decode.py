@@ -127,7 +127,7 @@ class Video:
             name: Used in messages for bytes.
             backend: What decodes in `frames`; see `decode`.
         """
-        self._backend = _checked(backend)
+        self._backend = checked_backend(backend)
         self.path = name or ("<bytes>" if isinstance(source, bytes) else str(source))
         self.decoded = 0
         self._source = source
@@ -164,7 +164,7 @@ class Video:
 
     def info(self) -> VideoInfo:
         """What the file holds; decodes one frame."""
-        frame = self._first()
+        frame = self._first
         a, b = display_matrix(frame)[:2]
         height, width = (frame.height, frame.width) if a else (frame.width, frame.height)
         rate = self._stream.average_rate
@@ -321,7 +321,7 @@ class Video:
             pixel_format=str(context.pix_fmt),
             stamped=bool(self._coded),
             hidden=len(self._coded) - len(self._shown) if self._coded else 0,
-            matrix=display_matrix(self._first()),
+            matrix=display_matrix(self._first),
         )
 
     def source_bytes(self) -> bytes:
@@ -356,6 +356,7 @@ class Video:
                 frames = frames.flip(1 if a else 2)
         return frames
 
+    @cached_property
     def _first(self) -> Any:
         """The first frame, not yet converted."""
         try:
@@ -409,8 +410,13 @@ class Video:
         return found
 
 
-def _checked(backend: Backend | None) -> Backend:
-    """The backend to use, which is installed."""
+def checked_backend(backend: Backend | None) -> Backend:
+    """The backend to use, which is installed; None is pyav.
+
+    Raises:
+        ValueError: There is none of this name.
+        RuntimeError: It is not installed.
+    """
     backend = backend or "pyav"
     if backend not in get_args(Backend):
         names = ", ".join(get_args(Backend))

@@ -65,7 +65,8 @@ def _member(tar: str, name: str) -> bytes:
         stat = os.stat(tar)
         members = _members(tar, stat.st_mtime_ns, stat.st_size)
     if name not in members:
-        raise FileNotFoundError(f"{tar} must hold {name}, got {len(members)} other files")
+        cut = "" if members.whole else ", the last of them cut off"
+        raise FileNotFoundError(f"{tar} must hold {name}, got {len(members)} other files{cut}")
     offset, size = members[name]
     with _far(tar) if is_far(tar) else open(tar, "rb") as file:
         file.seek(offset)
@@ -75,27 +76,39 @@ def _member(tar: str, name: str) -> bytes:
     return data
 
 
+class Members(dict[str, tuple[int, int]]):
+    """Offset and size of each file of a tar, and whether the tar is whole."""
+
+    whole = True
+
+
 @lru_cache(maxsize=1024)
-def _members(tar: str, changed: int, size: int) -> dict[str, tuple[int, int]]:
+def _members(tar: str, changed: int, size: int) -> Members:
     """Where each member's bytes are; read again when the file has changed."""
     with open(tar, "rb") as file:
-        return places(file)
+        return members_of(file)
 
 
 @lru_cache(maxsize=1024)
-def _members_far(tar: str) -> dict[str, tuple[int, int]]:
+def _members_far(tar: str) -> Members:
     with _far(tar) as file:
-        return places(file)
+        return members_of(file)
 
 
-def places(file: BinaryIO) -> dict[str, tuple[int, int]]:
-    """Offset and size of the members of an open tar.
+def members_of(file: BinaryIO) -> Members:
+    """The members of an open tar; of a truncated one those before the end, and the cut one.
 
     Raises:
-        OSError: It is none, or damaged.
+        OSError: It is none, or damaged at its start.
     """
+    found = Members()
     try:
         with tarfile.open(fileobj=file, mode="r:") as members:
-            return {m.name: (m.offset_data, m.size) for m in members if m.isfile()}
+            for member in members:
+                if member.isfile():
+                    found[member.name] = member.offset_data, member.size
     except tarfile.TarError as error:
-        raise OSError(f"not an uncompressed tar: {error}") from error
+        if not found:
+            raise OSError(f"not an uncompressed tar: {error}") from error
+        found.whole = False
+    return found

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from iv2.data.loader import Batches, sample_key
+from iv2.data.dataset import sample_key
+from iv2.data.loader import Batches
 
 _STREAM = 0x6D697865  # keeps these draws apart from those of the samples
 

@@ -77,8 +77,8 @@ def write_proxy(
         OSError: The copy cannot be written.
     """
     name, options, sound_name, rate, container_name = _CODECS[config.codec]
-    wave = read_sound(source, start, end, SoundConfig(sample_rate=rate))
-    with Video(source) as video:
+    with Video(source) as video:  # says more of a broken file than the sound does
+        wave = read_sound(source, start, end, SoundConfig(sample_rate=rate))
         low, high = video.frame_range(start, end)
         if low == high:
             raise DecodeError(source, f"no frames from {start} to {end} s")

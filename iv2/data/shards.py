@@ -8,10 +8,12 @@
     OUT/list.jsonl            a row for each clip, as `iv2.data.clips.read_list` reads it
     OUT/quarantine.jsonl      sources that cannot be read, and why
     OUT/manifest.json         written last: counts, hours, bytes, checksums, options
+    OUT/.nv-meta, ...         for megatron-energon: see `iv2.data.energon`
 
 Captions have tars of their own, so that other captions of the same clips leave the videos as they
 are. Each source has a record, written when its file is whole: a killed run goes on where it was,
-and a finished one does nothing. The same list and options give the same bytes.
+and a finished one does nothing, unless a tar is gone, one of videos has another length or one of
+captions other contents: that one is made again. The same list and options give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,13 +25,17 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from iv2.data import energon
 from iv2.data.clips import Sample, read_list
 from iv2.data.decode import DecodeError, Video
 from iv2.data.files import readable, write_text
+from iv2.data.joined import captions_of
 from iv2.data.proxy import ProxyConfig, write_proxy
 
 VERSION = 1
@@ -88,36 +94,80 @@ def write_shards(
     sources = _sources(samples, config)
     _claim(out, list(sources), config)
     manifest, wanted = out / "manifest.json", _digest(map(repr, samples))
-    if manifest.exists():
-        if json.loads(manifest.read_text(encoding="utf-8"))["rows"] == wanted:
-            return manifest
-        manifest.unlink()
-    groups = [
-        list(sources.items())[i : i + config.sources_per_shard]
-        for i in range(0, len(sources), config.sources_per_shard)
-    ]
-    infos: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    for number, group in enumerate(groups):
-        first = number * config.sources_per_shard
-        info = _shard(out, number, first, [source for source, _ in group], config, workers)
-        said = _said_of(group, info)
-        info["captions"] = _write_tar(out / f"captions-{number:06d}.tar", _captions(said))
-        infos.append(info)
-        rows += [
-            {"path": f"{info['name']}/{record['member']}", **row}
-            for record, own in said
-            for row in own
-        ]
-        broken = sum("error" in record for record in info["records"])
-        hours = info["seconds"] / 3600
-        say(f"{info['name']}: {len(group) - broken} sources, {hours:.2f} h, {broken} bad")
-    write_text(out / "list.jsonl", _lines(rows))
-    bad = [r for info in infos for r in info["records"] if "error" in r]
-    write_text(out / "quarantine.jsonl", _lines(bad))
-    about = {"rows": wanted, **_manifest(infos, len(rows), config)}
+    if _finished(out, wanted):
+        return manifest
+    manifest.unlink(missing_ok=True)
+    infos: list[dict[str, Any]] = []  # without the records: there may be millions
+    clips = 0
+    with _growing(out / "list.jsonl") as rows, _growing(out / "quarantine.jsonl") as bad:
+        for number, group in enumerate(_groups(sources, config.sources_per_shard)):
+            first = number * config.sources_per_shard
+            info = _shard(out, number, first, [source for source, _ in group], config, workers)
+            said = _said_of(group, info)
+            captions = out / captions_of(info["name"])
+            info["captions"] = _write_tar(captions, _captions(said))
+            for record, own in said:
+                place = {"path": f"{info['name']}/{record['member']}"}
+                rows.write(_lines(place | row for row in own))
+                clips += len(own)
+            broken = [record for record in info.pop("records") if "error" in record]
+            bad.write(_lines(broken))
+            infos.append(info | {"sources": len(said), "quarantined": len(broken)})
+            hours = info["seconds"] / 3600
+            say(f"{info['name']}: {len(said)} sources, {hours:.2f} h, {len(broken)} bad")
+    _describe(out, [info for info in infos if info["members"]])
+    about = {"rows": wanted, **_manifest(infos, clips, config)}
     write_text(manifest, json.dumps(about, indent=2) + "\n")
     return manifest
+
+
+def _finished(out: Path, rows: str) -> bool:
+    """Whether a run with these rows has ended, and nothing is lost since."""
+    names = ("manifest.json", "list.jsonl", "quarantine.jsonl")
+    if not all((out / name).exists() for name in names):
+        return False
+    if not (energon.is_described(out) and energon.is_described(out / "captions")):
+        return False
+    about = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    if about["rows"] != rows:
+        return False
+    for shard in about["shards"]:
+        captions = out / captions_of(shard["name"])
+        if not (_has(out / shard["name"], shard["bytes"]) and captions.exists()):
+            return False
+        if _checksum(captions) != shard["captions"]["sha256"]:  # of small tars the length is one
+            return False
+    return True
+
+
+def _describe(out: Path, infos: list[dict[str, Any]]) -> None:
+    """Make the shards data sets for megatron-energon."""
+    videos = [out / info["name"] for info in infos]
+    energon.describe(out, videos, _digest(info["sha256"] for info in infos))
+    captions = [out / captions_of(info["name"]) for info in infos]
+    said = _digest(info["captions"]["sha256"] for info in infos)
+    energon.describe(out / "captions", captions, said)
+
+
+@contextmanager
+def _growing(path: Path) -> Iterator[TextIO]:
+    """A text that is at its place once all of it is written."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        yield file
+    partial.replace(path)
+
+
+def _has(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
+
+
+def _groups(
+    sources: dict[_Source, list[Sample]], size: int
+) -> Iterator[list[tuple[_Source, list[Sample]]]]:
+    rows = iter(sources.items())
+    while group := list(islice(rows, size)):
+        yield group
 
 
 def _sources(samples: list[Sample], config: ShardConfig) -> dict[_Source, list[Sample]]:
@@ -160,9 +210,11 @@ def _shard(
     done = out / f"{name}.json"
     work = out / f"{name}.work"
     if done.exists():
-        shutil.rmtree(work, ignore_errors=True)  # of a run that ended in between
         info: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
-        return info
+        if _has(out / f"{name}.tar", info["bytes"]):
+            shutil.rmtree(work, ignore_errors=True)  # of a run that ended in between
+            return info
+        done.unlink()
     work.mkdir(exist_ok=True)
     keys = [_key(first + i) for i in range(len(sources))]
     with ThreadPoolExecutor(workers) as pool:
@@ -233,13 +285,16 @@ def _write_tar(path: Path, members: Iterable[tuple[str, bytes | Path]]) -> dict[
     """An uncompressed tar of the members, the same for the same members; its size and checksum."""
     partial = path.with_suffix(".partial")
     count = 0
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            header = tarfile.TarInfo(name)
-            header.size = len(data) if isinstance(data, bytes) else data.stat().st_size
-            with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
-                tar.addfile(header, file)
-            count += 1
+    try:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, data in members:
+                header = tarfile.TarInfo(name)
+                header.size = len(data) if isinstance(data, bytes) else data.stat().st_size
+                with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
+                    tar.addfile(header, file)
+                count += 1
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(partial)) from error
     checksum = _checksum(partial)
     partial.replace(path)
     return {"members": count, "bytes": path.stat().st_size, "sha256": checksum}
@@ -292,12 +347,11 @@ def _said(sample: Sample, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _manifest(infos: list[dict[str, Any]], clips: int, config: ShardConfig) -> dict[str, Any]:
-    records = [record for info in infos for record in info["records"]]
     kept = ("name", "members", "bytes", "sha256", "seconds", "captions")
     return {
         "clips": clips,
-        "sources": sum("error" not in record for record in records),
-        "quarantined": sum("error" in record for record in records),
+        "sources": sum(info["sources"] for info in infos),
+        "quarantined": sum(info["quarantined"] for info in infos),
         "hours": round(sum(info["seconds"] for info in infos) / 3600, 4),
         "bytes": sum(info["bytes"] for info in infos),
         "options": asdict(config),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from iv2.data.clips import Sample
-from iv2.data.loader import Batches, ClipConfig, VideoDataset
+from iv2.data.dataset import ClipConfig, VideoDataset
+from iv2.data.loader import Batches
 from iv2.data.transforms import CropKind
 from iv2.models.vision import VisionEncoder
 
@@ -55,13 +56,14 @@ class Features:
 
 
 def without_chance(config: ClipConfig, crop: CropKind = "centre") -> ClipConfig:
-    """The same clips as tests see them: middle frames, one crop, no flip.
+    """The same clips as tests see them: middle frames, one crop, no flip, any codec.
 
     Args:
         config: As in training.
         crop: "centre", or "whole", which stage 2 squeezes into a square.
     """
-    return replace(config, random=False, crop=replace(config.crop, kind=crop, flip=0.0))
+    plain = replace(config.crop, kind=crop, flip=0.0)
+    return replace(config, random=False, crop=plain, decoder=None)
 
 
 def ordered_batches(

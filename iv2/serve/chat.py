@@ -14,8 +14,8 @@ from torch import Tensor
 
 from iv2.data.audio import SoundConfig, read_fbank
 from iv2.data.clips import interval_indices, sparse_test_indices, tsn_indices
+from iv2.data.dataset import ClipConfig
 from iv2.data.decode import Video
-from iv2.data.loader import ClipConfig
 from iv2.data.tiles import tiles
 from iv2.data.transforms import Box, View, look
 from iv2.models.language import base

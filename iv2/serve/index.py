@@ -13,8 +13,8 @@ from torch import Tensor
 
 from iv2.checkpoint import CheckpointError
 from iv2.data.clips import Sample, read_list
+from iv2.data.dataset import ClipConfig
 from iv2.data.decode import DecodeError, Video, probe
-from iv2.data.loader import ClipConfig
 from iv2.eval.features import ordered_batches
 from iv2.eval.retrieval import encode_media, encode_texts
 from iv2.models.stage2 import Media

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from iv2.config import FinetuneConfig
 from iv2.data.clips import Sample, read_list
-from iv2.data.loader import ClipConfig
+from iv2.data.dataset import ClipConfig
 from iv2.data.synthetic import write_toyworld
 from iv2.data.transforms import CropConfig
 from iv2.eval.classify import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,11 @@ import pytest
 import torch
 from media import numbers, picture, real_clip, with_display_matrix, write_video
 
+from iv2.data.clips import Sample
+from iv2.data.dataset import ClipConfig, VideoDataset
 from iv2.data.decode import Backend, DecodeError, Video, decode
+from iv2.data.loader import Batches
+from iv2.data.transforms import CropConfig
 
 X264 = {"x264-params": "scenecut=0:threads=1"}
 VP9 = {"codec": "libvpx-vp9", "options": {"g": "12", "cpu-used": "8", "crf": "20"}}
@@ -181,10 +186,40 @@ def test_a_backend_that_is_not_installed(
 ) -> None:
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RuntimeError, match=rf"backend {backend} must be .*iv2\[{extra}\]"):
-        decode(real_clip("bikes.mp4"), [0], backend=backend)
+    clip, samples = ClipConfig(decoder=backend), [Sample(str(real_clip("bikes.mp4")))]
+    for use in (
+        lambda: decode(real_clip("bikes.mp4"), [0], backend=backend),
+        lambda: VideoDataset(samples, clip),  # before a worker starts
+    ):
+        with pytest.raises(RuntimeError, match=rf"backend {backend} must be .*iv2\[{extra}\]"):
+            use()
+    VideoDataset([replace(samples[0], kind="image")], clip)  # images are PyAV's
 
 
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="backend must be one of pyav, torchcodec, dali, got"):
         decode(real_clip("bikes.mp4"), [0], backend=cast("Backend", "decord"))
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**8])
+def test_the_loader_decodes_with_torchcodec(tmp_path: Path, cache_bytes: int) -> None:
+    """The same clips as with PyAV, and the same ones skipped."""
+    backend = installed("torchcodec")
+    (tmp_path / "text.mp4").write_text("no video" * 99)
+    paths = [real_clip("bikes.mp4"), plain()(tmp_path / "a.mp4"), tmp_path / "text.mp4"]
+    samples = [Sample(str(path), end=2.0) for path in paths]
+    clip = ClipConfig(num_frames=4, crop=CropConfig(size=64), normalise=False, short_side=96)
+    pyav, ours = (
+        Batches(VideoDataset(samples, replace(clip, decoder=d), cache_bytes=cache_bytes), 3)
+        for d in (None, backend)
+    )
+    differ = False
+    for _ in range(3):
+        expected, got = next(pyav), next(ours)
+        assert got["paths"] == expected["paths"]
+        difference = (got["video"].float() - expected["video"].float()).abs()
+        assert difference.mean((1, 2, 3, 4)).max() <= MOST
+        differ |= bool(difference.any())
+    assert differ  # by rounding: another decoder was at work
+    assert ours.skipped == pyav.skipped
+    assert [Path(path).name for path in ours.skipped] == ["text.mp4"]

@@ -14,10 +14,12 @@ import pytest
 import torch
 from media import numbers, write_broken, write_video
 
-from iv2.data import loader
+from iv2.data import dataset as dataset_module
+from iv2.data.cache import FrameCache
 from iv2.data.clips import Sample, read_list
+from iv2.data.dataset import ClipConfig, VideoDataset, sample_key
 from iv2.data.decode import Video
-from iv2.data.loader import Batches, ClipConfig, FrameCache, VideoDataset, sample_key
+from iv2.data.loader import Batches
 from iv2.data.mixed import MixedBatches
 from iv2.data.synthetic import write_toyworld
 from iv2.data.tiles import tiles
@@ -368,13 +370,13 @@ def test_rows_of_one_clip_are_decoded_once(toys: list[Sample], monkeypatch) -> N
     rows = [toys[0], toys[1], replace(toys[0], label=3), part]
     opened = []
 
-    def video(path):
+    def video(path, **options):
         opened.append(path)
-        return Video(path)
+        return Video(path, **options)
 
     dataset, plain = (VideoDataset(rows, CONFIG, cache_bytes=n) for n in (10**7, 0))
     expected = [plain.load(0, i) for i in range(4)]
-    monkeypatch.setattr(loader, "Video", video)
+    monkeypatch.setattr(dataset_module, "Video", video)
     for epoch in range(2):
         for i in range(4):
             got = dataset.load(0, i)
@@ -407,7 +409,8 @@ def test_no_deadlock_after_parallel_work(toys: list[Sample]) -> None:
     code = (
         "import sys, torch\n"
         "from iv2.data.clips import read_list\n"
-        "from iv2.data.loader import Batches, ClipConfig, VideoDataset\n"
+        "from iv2.data.dataset import ClipConfig, VideoDataset\n"
+        "from iv2.data.loader import Batches\n"
         "from iv2.data.transforms import CropConfig, View, Box, look\n"
         "torch.set_num_threads(2)\n"
         "x = torch.randn(500, 500, requires_grad=True)\n"
@@ -430,7 +433,7 @@ def test_a_crash_in_a_worker_is_not_a_broken_clip(
     def fail(*_: object, **__: object) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr(loader, "look", fail)
+    monkeypatch.setattr(dataset_module, "look", fail)
     with (
         Batches(VideoDataset(toys, CONFIG), 2, num_workers=1) as batches,
         pytest.raises(TypeError, match="a bug"),
@@ -461,6 +464,11 @@ def test_keys_are_spread() -> None:
         (lambda d: replace(PLAIN, tiles=0), "tiles must be at least 1 or None, got 0"),
         (lambda d: replace(PLAIN, tiles=6, normalise=True), "tiles must be None unless .* got 6"),
         (lambda d: replace(CONFIG, tiles=6, normalise=False), "crop.kind is whole, crop.flip 0"),
+        (
+            lambda d: replace(CONFIG, short_side=9, decoder="dali"),
+            "unless short_side is 0",
+        ),
+        (lambda d: replace(CONFIG, normalise=False, decoder="dali"), "normalise True and tiles"),
     ],
 )
 def test_bad_arguments(toys: list[Sample], make: Any, message: str) -> None:

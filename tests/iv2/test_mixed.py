@@ -13,12 +13,13 @@ import torch
 from iv2.config import DataConfig, SourceConfig, TrainConfig
 from iv2.data.audio import SoundConfig
 from iv2.data.clips import Sample, read_list
-from iv2.data.loader import Batches, ClipConfig, VideoDataset
+from iv2.data.dataset import ClipConfig, VideoDataset
+from iv2.data.loader import Batches
 from iv2.data.mixed import MixedBatches, join_states
 from iv2.data.synthetic import write_toyworld
 from iv2.data.transforms import CropConfig
 from iv2.distributed import World
-from iv2.train import _batches, _sources
+from iv2.run_data import open_batches, read_sources
 
 SOUND = SoundConfig(seconds=1.0, num_frames=98)
 CLIP = ClipConfig(
@@ -225,11 +226,11 @@ def test_sources_of_a_run(tmp_path: Path) -> None:
         SourceConfig(listing, "audio_video"),
     )
     config = TrainConfig(data=DataConfig(sources=sources, clip=CLIP, batch_size=2, num_workers=0))
-    found = _sources(config)
+    found = read_sources(config)
     assert [samples[0].kind for samples in found] == ["video", "audio_video"]
-    with _batches(config, found, World()) as batches:
+    with open_batches(config, found, World()) as batches:
         assert len(batches.dataset) == 8
         shapes = {(b["kind"], b["video"].shape[2]) for b in (next(batches) for _ in range(8))}
         assert shapes == {("video", 2), ("audio_video", 4)}
     with pytest.raises(ValueError, match=r"data.path must be a folder of videos or a list"):
-        _sources(replace(config, data=DataConfig()))
+        read_sources(replace(config, data=DataConfig()))

@@ -18,7 +18,7 @@ from tiny_stage3 import CONFIG, QFORMER_TINY, batch_of, said, tiny_stage, write_
 
 from iv2 import train as loop
 from iv2.config import DataConfig, OptimConfig, Stage3Config, TrainConfig
-from iv2.data.loader import ClipConfig
+from iv2.data.dataset import ClipConfig
 from iv2.data.synthetic import write_toyworld
 from iv2.data.transforms import CropConfig
 from iv2.models.language import LanguageConfig, base

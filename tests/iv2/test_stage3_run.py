@@ -15,8 +15,8 @@ from iv2 import cli
 from iv2 import train as loop
 from iv2.checkpoint import load_training_checkpoint, read_weights, save_weights
 from iv2.config import DataConfig, OptimConfig, Stage3Config, TrainConfig
+from iv2.data.dataset import ClipConfig
 from iv2.data.decode import Video
-from iv2.data.loader import ClipConfig
 from iv2.data.synthetic import write_toyworld
 from iv2.data.transforms import CropConfig
 from iv2.models.language import LanguageConfig, base
@@ -390,7 +390,7 @@ def test_long_videos_are_seen_in_segments(chat, world):
 def test_frames_are_those_of_training(world):
     """What the loader gives without draws is what the model is asked about."""
     from iv2.data.clips import read_list
-    from iv2.data.loader import VideoDataset
+    from iv2.data.dataset import VideoDataset
 
     clip = ClipConfig(num_frames=4, sampling="interval", random=False, crop=CropConfig("whole", 28))
     sample = read_list(world[1])[0]

@@ -16,8 +16,8 @@ from iv2 import train as loop
 from iv2.checkpoint import read_weights, save_weights
 from iv2.config import DataConfig, OptimConfig, SourceConfig, Stage3Config, TrainConfig
 from iv2.data.audio import SoundConfig, read_fbank
+from iv2.data.dataset import ClipConfig
 from iv2.data.instructions import write_questions
-from iv2.data.loader import ClipConfig
 from iv2.data.synthetic import encode
 from iv2.data.transforms import CropConfig
 from iv2.models.audio import AudioEncoder

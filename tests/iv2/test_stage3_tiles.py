@@ -14,7 +14,7 @@ from tiny_stage3 import CONFIG, batch_of, said, tiny_stage
 from iv2 import train as loop
 from iv2.config import DataConfig, OptimConfig, TrainConfig
 from iv2.data.clips import Sample
-from iv2.data.loader import ClipConfig, VideoDataset
+from iv2.data.dataset import ClipConfig, VideoDataset
 from iv2.data.tiles import tiles
 from iv2.data.transforms import CropConfig
 from iv2.recipes import RECIPES

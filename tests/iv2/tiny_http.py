@@ -24,7 +24,7 @@ from tiny_stage3 import CONFIG, tiny_stage
 
 from iv2.checkpoint import save_weights
 from iv2.config import DataConfig, TrainConfig, to_json
-from iv2.data.loader import ClipConfig
+from iv2.data.dataset import ClipConfig
 from iv2.data.transforms import CropConfig
 from iv2.serve import engine, http
 from iv2.serve.chat import VideoChat
