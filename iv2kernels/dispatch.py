@@ -15,7 +15,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -44,7 +44,7 @@ class From(NamedTuple):
 # kernel moves and what it compiles to (tests/gates): no GPU has timed them.
 PREFER: dict[str, dict[str, tuple[Impl | From, ...]]] = {
     "add_rms_norm": {"cpu": ("native",), "cuda": ("triton", "native")},
-    "attention": {"cpu": ("native",), "cuda": ("triton",)},
+    "attention": {"cpu": ("native",), "cuda": ("triton", "native")},
     "spatiotemporal_attention": {"cpu": ("native",), "cuda": ("triton",)},
     # on a GPU eager's GEMM is the vendor's, and adds the bias itself
     "linear": {"cpu": ("torch",)},
@@ -147,6 +147,7 @@ _SCALAR_ONLY: list[bool] = [_C_ERROR is None and _C.isa() == "scalar"]
 # What csrc/cuda must have for an op to be native on a GPU.
 _ON_CUDA = {
     "add_rms_norm": ("add_rms_norm_fwd", "add_rms_norm_bwd"),
+    "attention": ("attention_fwd", "attention_bwd"),
     "distill_loss": ("distill_loss_fwd", "distill_loss_bwd"),
     "gather_tokens": ("gather_tokens_fwd", "gather_tokens_bwd"),
     "masks": ("masks_draw",),
@@ -157,6 +158,8 @@ _NATIVE_ON_CUDA = {
     for op, kernels in _ON_CUDA.items()
     if _C_ERROR is None and set(kernels) <= set(_C.cuda_kernels())
 }
+# The dtypes of those that do not take all of NATIVE_DTYPES there.
+_CUDA_DTYPES = {"attention": (torch.bfloat16, torch.float16)}
 
 
 def why_not(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
@@ -174,11 +177,18 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
         return f"{op} has no {impl} kernel for {device} tensors in this build"
     if dtype not in NATIVE_DTYPES and dtype not in (torch.uint8, torch.int64):
         return f"{impl} {op} takes float32, bfloat16 or float16, got {dtype}"
+    if impl == "native" and device == "cuda" and dtype not in _CUDA_DTYPES.get(op, (dtype,)):
+        return f"native {op} takes bfloat16 or float16 on a GPU, got {dtype}"
     return None
 
 
-def choose(op: str, x: Tensor, impl: Impl | None = None) -> Impl:
+def choose(
+    op: str, x: Tensor, impl: Impl | None = None, lacks: Mapping[str, str] | None = None
+) -> Impl:
     """The implementation that runs ``op`` on tensors like ``x``.
+
+    ``lacks`` is what ``why_not`` cannot know: the reason, by implementation, why it has no kernel
+    of this call's shapes or options.
 
     Raises:
         ValueError: impl is not the name of an implementation.
@@ -187,16 +197,25 @@ def choose(op: str, x: Tensor, impl: Impl | None = None) -> Impl:
     asked = impl or _choice.impl or _ENV
     if asked is not None:
         reason = why_not(op, _named(asked, f"{op}: impl"), x.device.type, x.dtype)
+        reason = reason or (lacks or {}).get(asked)
         if reason is not None:
             raise RuntimeError(f"{op}: implementation {asked} cannot run: {reason}")
         return asked
     key = (op, x.device.type, x.dtype)
     for calls in _recorders:
         calls.append(key)
-    return TUNED[key] if key in TUNED else default(*key, x.shape[0] if x.dim() else 1)
+    if key in TUNED and TUNED[key] not in (lacks or ()):
+        return TUNED[key]
+    return default(*key, x.shape[0] if x.dim() else 1, lacks)
 
 
-def default(op: str, device: str, dtype: torch.dtype, rows: int | None = None) -> Impl:
+def default(
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    rows: int | None = None,
+    lacks: Mapping[str, str] | None = None,
+) -> Impl:
     """The first row of ``PREFER`` that can run; rows None: for tensors of many rows."""
     for row in PREFER[op].get(device, ()):
         if isinstance(row, From):
@@ -208,7 +227,7 @@ def default(op: str, device: str, dtype: torch.dtype, rows: int | None = None) -
         # The scalar build is for correctness; torch's own kernels are faster there.
         if candidate == "native" and device == "cpu" and _SCALAR_ONLY[0]:
             continue
-        if why_not(op, candidate, device, dtype) is None:
+        if why_not(op, candidate, device, dtype) is None and candidate not in (lacks or ()):
             return candidate
     return "reference"
 

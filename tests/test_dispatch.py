@@ -7,9 +7,11 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import iv2kernels as k
 from iv2kernels import _C, dispatch
+from iv2kernels.ops import attention
 
 
 def test_the_argument_beats_use_and_use_beats_the_default():
@@ -117,6 +119,28 @@ def test_what_a_gpu_prefers():
     assert dispatch.default("add_rms_norm", "cuda", torch.bfloat16) == expected
     assert dispatch.default("add_rms_norm", "cuda", torch.float64) == "reference"
     assert dispatch.default("masks", "cuda", torch.int64) == native
+
+
+def test_native_attention_on_a_gpu_takes_some_calls_only(monkeypatch):
+    monkeypatch.setattr(dispatch, "_NATIVE_ON_CUDA", {"attention"})
+    monkeypatch.setitem(dispatch._NO_TRITON, "cuda", "Triton is not installed")
+    blocks = k.all_blocks(6, 6)
+    with FakeTensorMode():
+        q, odd = (torch.empty(1, 6, 2, n, device="cuda").bfloat16() for n in (64, 72))
+    calls = [
+        (q, None, "native", None),
+        (q, blocks, "reference", "takes no blocks on a GPU"),
+        (odd, None, "reference", "takes head_dim 64, 88 or 128 on a GPU, got 72"),
+        (q.float(), None, "reference", r"takes bfloat16 or float16 on a GPU, got torch\.float32"),
+    ]
+    for tuned in ({}, {("attention", "cuda", torch.bfloat16): "native"}):
+        monkeypatch.setattr(dispatch, "TUNED", tuned)
+        for x, lists, expected, _ in calls:
+            lacks = attention._lacks(x, lists)
+            assert dispatch.choose("attention", x, None, lacks) == expected
+    for x, lists, _, reason in calls[1:]:
+        with pytest.raises(RuntimeError, match=f"native cannot run: native attention {reason}"):
+            k.attention(x, x, x, blocks=lists, impl="native")
 
 
 def test_one_openmp_runtime():

@@ -12,6 +12,9 @@ from iv2kernels import dispatch
 from iv2kernels.dispatch import Function, Impl
 from iv2kernels.ops.attention_blocks import BlockMask, attention_blocks, bwd_fake
 
+# What csrc/cuda/attention.cu and attention_bwd.cu have kernels of.
+CUDA_HEAD_DIMS = (64, 88, 128)
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -86,7 +89,7 @@ def attention(
     if blocks is not None:
         _check_blocks(q, k, causal, packed, blocks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    name = dispatch.choose("attention", q, impl)
+    name = dispatch.choose("attention", q, impl, _lacks(q, blocks))
     if name == "reference":
         o, lse = reference(q, k, v, causal, scale, packed, blocks)
     elif blocks is not None:
@@ -183,6 +186,19 @@ def _check_packed(packed: Packed) -> None:
             f"attention: cu_seqlens_k must be {list(packed.cu_seqlens_q.shape)} like "
             f"cu_seqlens_q, got {list(k.shape)}"
         )
+
+
+def _lacks(q: Tensor, blocks: BlockMask | None) -> dict[str, str]:
+    """The reason, by implementation, why it has no kernel of such a call."""
+    if not q.is_cuda:
+        return {}
+    if blocks is not None:
+        return {"native": "native attention takes no blocks on a GPU"}
+    if q.shape[-1] not in CUDA_HEAD_DIMS:
+        return {
+            "native": f"native attention takes head_dim 64, 88 or 128 on a GPU, got {q.shape[-1]}"
+        }
+    return {}
 
 
 def _lengths(
