@@ -41,7 +41,7 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
         if width <= 96:
             tile = Tile(32, 32, 8, 2)
             return Tiles(tile if width <= 64 else Tile(32, 16, 8, 2), tile, tile)
-        return Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
+        return Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 2), Tile(16, 16, 8, 1))
     if width <= 64:
         return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
     if width <= 128:
