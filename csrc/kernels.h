@@ -256,7 +256,7 @@ struct AttentionBwd {
   void* dv;           // rows of [kv_heads, head_dim] dtype
   float* dq_partial;  // [key_chunks, total_q, heads, head_dim], or null when key_chunks is 1
   float* dk_direct;   // [total_k, kv_heads, head_dim], the gradient of k * k_rstd's k; null with dk
-  float* scratch;     // [threads, attention_bwd_scratch(...)]
+  float* scratch;     // [threads, attention_bwd_scratch(...)]; on a GPU one for each of lse
   int64_t batch, heads, kv_heads, q_len, k_len, head_dim, total_q, num_tiles;
   int64_t q_batch, q_token, q_head;
   int64_t k_batch, k_token, k_head;
@@ -517,6 +517,7 @@ const Kernels& table();
   K(add_rms_norm_fwd, AddRmsNormFwd)      \
   K(add_rms_norm_bwd, AddRmsNormBwd)      \
   K(attention_fwd, AttentionFwd)          \
+  K(attention_bwd, AttentionBwd)          \
   K(distill_loss_fwd, DistillLossFwd)     \
   K(distill_loss_bwd, DistillLossBwd)     \
   K(gather_tokens_fwd, GatherTokensFwd)   \

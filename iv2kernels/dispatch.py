@@ -44,7 +44,10 @@ class From(NamedTuple):
 # kernel moves and what it compiles to (tests/gates): no GPU has timed them.
 PREFER: dict[str, dict[str, tuple[Impl | From, ...]]] = {
     "add_rms_norm": {"cpu": ("native",), "cuda": ("triton", "native")},
-    "attention": {"cpu": ("native",), "cuda": ("triton", "torch", "cudnn", "flash_attn")},
+    "attention": {
+        "cpu": ("native",),
+        "cuda": ("triton", "torch", "cudnn", "flash_attn", "native"),
+    },
     "spatiotemporal_attention": {"cpu": ("native",), "cuda": ("triton",)},
     # on a GPU eager's GEMM is the vendor's, and adds the bias itself
     "linear": {"cpu": ("torch",)},
@@ -171,6 +174,7 @@ _HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 # What csrc/cuda must have for an op to be native on a GPU.
 _ON_CUDA = {
     "add_rms_norm": ("add_rms_norm_fwd", "add_rms_norm_bwd"),
+    "attention": ("attention_fwd", "attention_bwd"),
     "distill_loss": ("distill_loss_fwd", "distill_loss_bwd"),
     "gather_tokens": ("gather_tokens_fwd", "gather_tokens_bwd"),
     "masks": ("masks_draw",),
@@ -181,6 +185,8 @@ _NATIVE_ON_CUDA = {
     for op, kernels in _ON_CUDA.items()
     if _C_ERROR is None and set(kernels) <= set(_C.cuda_kernels())
 }
+# The dtypes of those that do not take all of NATIVE_DTYPES there.
+_CUDA_DTYPES = {"attention": (torch.bfloat16, torch.float16)}
 
 
 def why_not(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
@@ -203,6 +209,8 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
         return f"{op} has no {impl} kernel for {device} tensors in this build"
     if dtype not in NATIVE_DTYPES and dtype not in (torch.uint8, torch.int64):
         return f"{impl} {op} takes float32, bfloat16 or float16, got {dtype}"
+    if impl == "native" and device == "cuda" and dtype not in _CUDA_DTYPES.get(op, (dtype,)):
+        return f"native {op} takes bfloat16 or float16 on a GPU, got {dtype}"
     return None
 
 

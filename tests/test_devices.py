@@ -166,15 +166,6 @@ def test_cuda_kernels_are_given_what_is_on_the_gpu(op, recorder):
     assert all(x.is_meta for x in (*recorder.given, *found))
 
 
-def test_the_forward_of_attention_in_cuda_is_too(recorder):
-    with OneDevice():
-        o = case_of("attention", "cpu").call(
-            **inputs_of(case_of("attention", "cpu")), impl="native"
-        )
-    assert recorder.given
-    assert all(x.is_meta for x in (*recorder.given, o))
-
-
 @pytest.mark.parametrize("op", [op for op in SMALL if op != "masks"])
 def test_triton_kernels_are_given_what_is_on_the_gpu(op, recorder, monkeypatch):
     triton = pytest.importorskip("triton")

@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import iv2kernels as k
 from iv2kernels import _C, dispatch
+from iv2kernels.ops import attention
 
 
 def test_the_argument_beats_use_and_use_beats_the_default():
@@ -131,6 +134,34 @@ def test_libraries_are_for_a_gpu_and_attention(monkeypatch):
     assert k.available("mlp")["cudnn"] == "mlp has no implementation cudnn in this build"
     monkeypatch.setattr(dispatch, "_HAS_FLASH_ATTN", False)
     assert k.available("attention", "cuda")["flash_attn"] == "flash-attn is not installed"
+
+
+def test_native_attention_on_a_gpu_takes_some_calls_only(monkeypatch):
+    monkeypatch.setattr(dispatch, "_NATIVE_ON_CUDA", {"attention"})
+    monkeypatch.setitem(dispatch._NO_TRITON, "cuda", "Triton is not installed")
+    monkeypatch.setitem(dispatch.PREFER["attention"], "cuda", ("triton", "native"))
+    blocks = k.all_blocks(6, 6)
+    with FakeTensorMode():
+        q, odd = (torch.empty(1, 6, 2, n, device="cuda").bfloat16() for n in (64, 72))
+    calls = [
+        (q, None, "native", None),
+        (q, blocks, "reference", "it does not take blocks on a GPU"),
+        (odd, None, "reference", "it takes head_dim 64, 88 or 128 on a GPU, got 72"),
+        (
+            q.float(),
+            None,
+            "reference",
+            r"native attention takes bfloat16 or float16 on a GPU, got torch\.float32",
+        ),
+    ]
+    for x, lists, expected, _ in calls:
+        refuses = partial(
+            attention._refuses, q=x, k=x, causal=False, packed=None, blocks=lists, lse=False
+        )
+        assert dispatch.choose("attention", x, None, refuses) == expected
+    for x, lists, _, reason in calls[1:]:
+        with pytest.raises(RuntimeError, match=f"native cannot run: {reason}"):
+            k.attention(x, x, x, blocks=lists, impl="native")
 
 
 def test_one_openmp_runtime():

@@ -93,5 +93,4 @@ def test_what_they_do_not_take():
         assert refusal(impl, rows, packed=crossed, causal=True)
     assert refusal("triton", good.float(), blocks=k.all_blocks(70, 2), lse=True) is None
     assert refusal("native", good, lse=True) is None
-    assert "head_dim 64, 88 or 128 on a GPU, got" in refusal("native", good.float())
     assert "does not take blocks on a GPU" in refusal("native", good, blocks=k.all_blocks(70, 2))

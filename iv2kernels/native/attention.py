@@ -1,4 +1,4 @@
-"""attention on csrc/cpu/attention.cpp and csrc/cuda/attention.cu."""
+"""attention on csrc/cpu/attention.cpp, and csrc/cuda/attention.cu and attention_bwd.cu."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from iv2kernels import _C
 from iv2kernels.native.memory import DTYPE, contiguous, on_cuda, place, ptr
-from iv2kernels.ops.attention import CUDA_DTYPES, CUDA_HEAD_DIMS
 
 
 class Lists(NamedTuple):
@@ -45,14 +44,9 @@ def threads_for(flops: int) -> int:
     return 1 if flops < 2_000_000 else torch.get_num_threads()
 
 
-def _check_cuda(q: Tensor, lists: Lists | None, norm: Norm | None) -> None:
-    if q.dtype not in CUDA_DTYPES or q.shape[-1] not in CUDA_HEAD_DIMS:
-        raise RuntimeError(
-            "attention: native kernels on a GPU take bfloat16 or float16 and head_dim 64, 88 or "
-            f"128, got {q.dtype} and {q.shape[-1]}"
-        )
-    if lists is not None or norm is not None:
-        raise RuntimeError("attention: native kernels on a GPU take neither blocks nor a norm")
+def _where(q: Tensor, flops: int) -> tuple[int, ...]:
+    """The last arguments of a kernel."""
+    return place(q) if on_cuda(q) else (threads_for(flops),)
 
 
 def _strided(x: Tensor) -> Tensor:
@@ -140,8 +134,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, options: Options, norm: Norm | None = None
 ) -> tuple[Tensor, Tensor]:
     """attention_fwd without the checks, and with the norm of spatiotemporal_attention."""
-    if on_cuda(q):
-        _check_cuda(q, options.lists, norm)
+    assert not on_cuda(q) or (options.lists is None and norm is None)
     packed = options.cu_seqlens_q is not None
     sequences, cu_q, cu_k = _sequences(q, options)
     q, k, v = _strided(q), _strided(k), _strided(v)
@@ -153,7 +146,7 @@ def forward(
         return o, lse
     if k.numel() == 0:
         return o.zero_(), lse.fill_(-torch.inf)
-    where = place(q) if on_cuda(q) else (threads_for(4 * _pairs(q, options)),)
+    where = _where(q, 4 * _pairs(q, options))
     scratch = None
     if not on_cuda(q):
         scratch = torch.empty(where[0], _C.attention_fwd_scratch(head_dim, options.max_seqlen_k))
@@ -203,7 +196,7 @@ def attention_bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See csrc/kernels.h: AttentionBwd."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     options = Options(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale)
@@ -224,27 +217,29 @@ def backward(
     """
     q, k, v, o, lse = saved
     dq, dk, dv = out
-    if on_cuda(q):
-        raise RuntimeError("attention: native kernels on a GPU have no backward; use impl='triton'")
+    assert not on_cuda(q) or (options.lists is None and norm is None)
     packed = options.cu_seqlens_q is not None
     sequences, cu_q, cu_k = _sequences(q, options)
     q, k, v = _strided(q), _strided(k), _strided(v)
-    d_o, dlse = grads[0].contiguous(), contiguous(grads[1])
+    d_o, dlse = _strided(grads[0].contiguous()), contiguous(grads[1])
     (heads, head_dim), kv_heads = q.shape[-2:], k.shape[-2]
     queries, keys = q.numel() // (heads * head_dim), k.numel() // (kv_heads * head_dim)
     longest = options.max_seqlen_q, options.max_seqlen_k
-    # With lists, as many as keys in the average query's would make.
-    seen = longest[1] if options.lists is None else options.lists.pairs // longest[0]
-    is_long = _C.attention_bwd_is_long(*longest, heads // kv_heads)
-    chunks = 1 if is_long else _C.attention_key_chunks(sequences, kv_heads, seen)
-    partial = direct = None
+    where = _where(q, 10 * _pairs(q, options))
+    chunks, partial, direct = 1, None, None
+    if on_cuda(q):
+        scratch = torch.empty(lse.shape, device=q.device)
+    else:
+        # With lists, as many as keys in the average query's would make.
+        seen = longest[1] if options.lists is None else options.lists.pairs // longest[0]
+        if not _C.attention_bwd_is_long(*longest, heads // kv_heads):
+            chunks = _C.attention_key_chunks(sequences, kv_heads, seen)
+        size = _C.attention_bwd_scratch(head_dim, *longest, heads // kv_heads)
+        scratch = torch.empty(where[0], size)
     if dq is None or chunks > 1:
         partial = torch.empty(chunks, queries, heads, head_dim)
     if dk is None:
         direct = torch.empty(keys, kv_heads, head_dim)
-    threads = threads_for(10 * _pairs(q, options))
-    size = _C.attention_bwd_scratch(head_dim, *longest, heads // kv_heads)
-    scratch = torch.empty(threads, size)
     _C.attention_bwd(
         ptr(q),
         ptr(k),
@@ -279,6 +274,6 @@ def backward(
         DTYPE[q.dtype],
         options.causal,
         float(options.scale),
-        threads,
+        *where,
     )
     return partial, direct

@@ -14,9 +14,8 @@ from iv2kernels.dispatch import LIBRARIES, Function, Impl
 from iv2kernels.library import attention as library
 from iv2kernels.ops.attention_blocks import BlockMask, attention_blocks, bwd_fake
 
-# Those that csrc/cuda has kernels of.
+# What csrc/cuda/attention.cu and attention_bwd.cu have kernels of.
 CUDA_HEAD_DIMS = (64, 88, 128)
-CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -214,11 +213,8 @@ def _refuses(
         return library.refuses(impl, q, k, causal, packed)
     if impl != "native":
         return None
-    if q.dtype not in CUDA_DTYPES or q.shape[-1] not in CUDA_HEAD_DIMS:
-        return (
-            "it takes bfloat16 or float16 and head_dim 64, 88 or 128 on a GPU, "
-            f"got {q.dtype} and {q.shape[-1]}"
-        )
+    if q.shape[-1] not in CUDA_HEAD_DIMS:
+        return f"it takes head_dim 64, 88 or 128 on a GPU, got {q.shape[-1]}"
     return None if blocks is None else "it does not take blocks on a GPU"
 
 

@@ -350,7 +350,8 @@ def attention_pool_bwd(
         dx if needs[0] else None,
         tokens,
         blocks,
-        **constants,
+        # with 4, float32's pieces of both products do not fit in registers
+        **constants | {"num_warps": 8},
     )
     if needs[1]:
         _attention_pool_weigh_kernel[(triton.cdiv(dim, _BLOCK_C), batch)](

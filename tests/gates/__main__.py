@@ -44,22 +44,25 @@ def main() -> int:
     if not comparable:
         print(f"budgets are of Triton {version}, this is {triton.__version__}: only zeros count")
     print(f"{'kernel':88s} {'arch':7s} {_COLUMNS}")
-    wrong, measured = [], {}
+    wrong, measured, launched = [], {}, set()
     ops = options.ops or _with_kernels()
     for arch in options.arch:
         for launch in launches(arch, ops):
             found = usage(arch, launch.compiled)
             name = f"{launch.name}, {arch}"
-            measured[name] = budgets.tighter(found, known.get(name))
+            launched.add(name)
+            if not any(found[key] for key in budgets.ZERO):
+                measured[name] = budgets.tighter(found, known.get(name))
+            if options.tighten:  # at once: the next takes its time, and others may write meanwhile
+                budgets.save(budgets.load()[1] | measured)
             print(_row(launch.name, arch, found), flush=True)
             budget = known.get(name) if comparable else None
             if comparable and budget is None and not options.tighten:
                 wrong.append(f"{name}: has no budget; run with --tighten to take it")
             wrong += budgets.complaints(name, found, budget)
-    unused = budgets.of(known, ops, options.arch) - measured.keys()
+    unused = budgets.of(known, ops, options.arch) - launched
     if options.tighten:
-        others = budgets.load()[1]  # another run may have written meanwhile
-        budgets.save({n: b for n, b in (others | measured).items() if n not in unused})
+        budgets.save({n: b for n, b in budgets.load()[1].items() if n not in unused})
     else:
         wrong += [f"{name}: has a budget, but nothing launches it" for name in sorted(unused)]
     print("\n".join(wrong))

@@ -7,6 +7,7 @@ loosened is deleted by hand, where a reviewer sees it, and taken anew.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,4 +66,6 @@ def save(budgets: Budgets, path: Path = PATH) -> None:
     lines = [f'"triton": {json.dumps(triton.__version__)}']
     for name, budget in sorted(budgets.items()):
         lines.append(f"{json.dumps(name)}: {json.dumps(budget, sort_keys=True)}")
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    part.replace(path)  # another run may be reading

@@ -30,7 +30,7 @@ ARCHS = {
 DTYPES = ("bfloat16", "float32")
 # Shapes beyond those of the bench page, by op.
 EXTRA: dict[str, list[tuple[Any, ...]]] = {
-    "attention": [(1, 129, 2, head_dim) for head_dim in (80, 96, 128)],
+    "attention": [(1, 129, 2, head_dim) for head_dim in (80, 96, 128, 200)],
 }
 
 
