@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import torch
-from av.error import FFmpegError
+import torch.nn.functional as F
+from av.error import FFmpegError, InvalidDataError
+from av.stream import Disposition
 from torch import Tensor
 
 from iv2.data.decode import DecodeError
@@ -43,7 +47,7 @@ def read_sound(
 
     Args:
         path: The file.
-        start: Seconds; None: from the beginning.
+        start: Seconds from the first picture, or without any from the first sound; None: 0.
         end: Seconds, exclusive; None: to the end.
         config: The sample rate.
 
@@ -61,12 +65,13 @@ def read_sound(
             if not container.streams.audio:
                 return None
             stream = container.streams.audio[0]
+            zero = _beginning(container, stream)
             if first > 1 and stream.time_base is not None:
                 # a second early: the first frames after a seek may lack what they build on
-                container.seek(int((first - 1) / stream.time_base), stream=stream)
+                container.seek(int((zero + first - 1) / stream.time_base), stream=stream)
             resampler = av.AudioResampler("fltp", "mono", config.sample_rate)
-            for frame in container.decode(stream):
-                time = float(frame.time or 0.0)
+            for frame in _frames(container, stream, sought=first > 1):
+                time = float(frame.time or 0.0) - zero
                 if end is not None and time >= end:
                     break
                 began = time if began is None else began
@@ -78,9 +83,38 @@ def read_sound(
     if not parts or began is None:
         return torch.zeros(0)
     wave = torch.from_numpy(np.concatenate(parts))
-    low = max(0, round((first - began) * config.sample_rate))
+    low = round((first - began) * config.sample_rate)
+    if low < 0:  # it begins after the pictures, or the part
+        wave, began, low = F.pad(wave, (-low, 0)), first, 0
     high = len(wave) if end is None else round((end - began) * config.sample_rate)
     return wave[low : max(low, high)].clamp(-1, 1)
+
+
+def _beginning(container: Any, stream: Any) -> float:
+    """Seconds by the file's clock where the pictures begin, or without any the sound."""
+    pictures = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    first = pictures[0] if pictures else stream
+    if first.start_time is None or first.time_base is None:
+        return 0.0
+    return float(first.start_time * first.time_base)
+
+
+def _frames(container: Any, stream: Any, *, sought: bool) -> Iterator[Any]:
+    """Frames from here on; after a seek without the packets before the first that is whole."""
+    broken: FFmpegError | None = None
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except InvalidDataError as error:
+            if not sought:
+                raise
+            broken = error
+            continue
+        if frames:
+            sought, broken = False, None
+        yield from frames
+    if broken:
+        raise broken
 
 
 def cut(wave: Tensor, config: SoundConfig, rng: np.random.Generator | None = None) -> Tensor:

@@ -11,7 +11,8 @@ sample number) only; it is counted and reported, and too many of them stop the r
 that the stage finds it cannot use.
 
 Workers are forked, so that they start in milliseconds and share the cache; each runs with one
-thread, where neither PyTorch nor the kernels enter a parallel region. DALI decodes in the process
+thread, where neither PyTorch nor the kernels enter a parallel region. Two batches a worker are
+loaded ahead of the one asked for, and no more, which bounds the memory. DALI decodes in the process
 that asks for the batches, what the workers have read and checked.
 
 Batches for a GPU come from pinned memory, each copied while the one before is used; the position

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,30 @@ def on_a_lane(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     lane = Recorded()
     monkeypatch.setattr(loader, "lane_to", lambda device: lane)
     return lane
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_more_is_loaded_than_two_batches_a_worker(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """However long nobody asks: memory is bounded by that."""
+    loaded = multiprocessing.get_context("fork").Value("i", 0)
+    load = VideoDataset.load
+
+    def counted(self: VideoDataset, epoch: int, index: int) -> dict[str, Any]:
+        with loaded.get_lock():
+            loaded.value += 1
+        return load(self, epoch, index)
+
+    monkeypatch.setattr(VideoDataset, "load", counted)
+    with Batches(VideoDataset(samples, CLIP), 2, num_workers=workers) as batches:
+        for given in (1, 2, 3):
+            next(batches)
+            most, until = 2 * (given + 2 * workers), time.monotonic() + 20
+            while loaded.value < most and time.monotonic() < until:
+                time.sleep(0.05)
+            time.sleep(0.3)  # would more come?
+            assert loaded.value == most
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from iv2.checkpoint import load_checkpoint, save_weights
 from iv2.data.audio import SoundConfig, cut, fbank, read_sound
-from iv2.data.decode import DecodeError
+from iv2.data.decode import DecodeError, Video
 from iv2.data.synthetic import encode, synthesise
 from iv2.models.audio import AUDIO, AudioConfig, AudioEncoder, relative_buckets
 
@@ -231,6 +232,87 @@ def test_sound_files_and_other_rates(tmp_path):
     wave = read_sound(path, None, None, SoundConfig())
     assert len(wave) == pytest.approx(16_000, abs=50)
     assert loudest(wave) == pytest.approx(500, abs=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "rate", "layout"),
+    [
+        ("a.wav", "pcm_s24le", 96_000, "stereo"),
+        ("a.flac", "flac", 44_100, "stereo"),
+        ("a.mp3", "libmp3lame", 44_100, "stereo"),
+        ("a.m4a", "aac", 22_050, "mono"),
+        ("a.aac", "aac", 48_000, "stereo"),
+        ("a.ogg", "flac", 32_000, "stereo"),
+        ("a.opus", "libopus", 48_000, "mono"),
+        ("a.webm", "libopus", 48_000, "stereo"),
+        ("a.mkv", "ac3", 48_000, "5.1"),
+        ("a.mov", "pcm_s16be", 8000, "mono"),
+        ("a.avi", "libmp3lame", 48_000, "stereo"),
+        ("a.mpg", "mp2", 48_000, "stereo"),
+        ("a.ts", "aac", 48_000, "stereo"),
+        ("a.wma", "wmav2", 44_100, "stereo"),
+    ],
+)
+def test_any_container_becomes_16_khz_mono(tmp_path, name, codec, rate, layout):
+    """Three seconds, 400 Hz and then 1600: all of it, and windows of it, at their times."""
+    t = np.arange(3 * rate) / rate
+    tone = np.sin(2 * np.pi * np.where(t < 1.5, 400, 1600) * t)
+    wave = np.stack([0.5 * tone.astype(np.float32)] * av.AudioLayout(layout).nb_channels)
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        stream.bit_rate = 128_000
+        size = stream.codec_context.frame_size or 1024
+        resampler = av.AudioResampler(stream.format, layout, rate, frame_size=size)
+        frame = av.AudioFrame.from_ndarray(wave, "fltp", layout)
+        frame.sample_rate, frame.pts = rate, 0
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(part))
+        container.mux(stream.encode())
+    config = SoundConfig()
+    whole = read_sound(path, None, None, config)
+    assert whole.dtype == torch.float32
+    assert whole.dim() == 1
+    assert len(whole) == pytest.approx(3 * 16_000, abs=1800)  # coders add up to a tenth
+    assert 0.2 < float(whole.abs().max()) <= 1
+    for start, hertz in ((0.5, 400), (2.0, 1600)):
+        part = read_sound(path, start, start + 0.5, config)
+        assert len(part) == pytest.approx(8000, abs=20)
+        assert loudest(part) == pytest.approx(hertz, abs=5)
+    last = read_sound(path, 1.25, 1.75, config)  # the turn is in its middle, within 30 ms
+    assert loudest(last[:3500]) == pytest.approx(400, abs=5)
+    assert loudest(last[4500:]) == pytest.approx(1600, abs=5)
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.ts", "a.mpg"])
+@pytest.mark.parametrize("late", [0.0, 0.25])
+def test_sound_is_in_step_with_pictures_whose_clock_begins_late(tmp_path, name, late):
+    """Both begin at 2 seconds by the file's clock, the sound perhaps later than the pictures."""
+    path, rate = tmp_path / name, 48_000
+    with av.open(str(path), "w") as container:
+        pictures = container.add_stream("mpeg1video" if name == "a.mpg" else "libx264", rate=25)
+        pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
+        sound = container.add_stream("mp2", rate=rate, layout="mono")
+        for i in range(75):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 3 * i, np.uint8))
+            frame.pts, frame.time_base = 50 + i, Fraction(1, 25)
+            container.mux(pictures.encode(frame))
+            block = np.zeros((1, rate // 25), np.float32)
+            if i in (10, 60):  # clicks
+                block[0, :100] = 0.9
+            resampled = av.AudioFrame.from_ndarray((block * 32767).astype(np.int16), "s16", "mono")
+            resampled.sample_rate = rate
+            resampled.pts = round((2 + late) * rate) + i * rate // 25
+            container.mux(sound.encode(resampled))
+        container.mux([*pictures.encode(), *sound.encode()])
+    with Video(path) as video:
+        assert video.times[0] == 0
+    wave = read_sound(path, None, None, SoundConfig())
+    assert len(wave) == pytest.approx((3 + late) * 16_000, abs=1200)
+    for start, click in ((0.0, 0.4), (2.0, 2.4)):
+        part = read_sound(path, start, start + 1.0, SoundConfig())
+        found = start + int((part.abs() > 0.3).nonzero()[0]) / 16_000
+        assert found == pytest.approx(click + late, abs=0.03)  # the coder's delay is 10 ms
 
 
 def test_without_sound_and_broken(tmp_path):
