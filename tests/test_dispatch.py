@@ -124,6 +124,7 @@ def test_what_a_gpu_prefers():
 
 def test_libraries_are_for_a_gpu_and_attention(monkeypatch):
     monkeypatch.setattr(dispatch, "_NO_TRITON", {"cuda": "no Triton", "cpu": "no Triton"})
+    monkeypatch.setattr(dispatch, "_NATIVE_ON_CUDA", set())  # a build may have it
     assert dispatch.default("attention", "cuda", torch.bfloat16) == "torch"
     takes_lse = {"torch": "no", "cudnn": "no", "flash_attn": "no"}.get
     assert dispatch.default("attention", "cuda", torch.bfloat16, 1, takes_lse) == "reference"
