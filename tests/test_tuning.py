@@ -177,6 +177,7 @@ def gpu(monkeypatch):
         return SECONDS[calls[-1]]
 
     monkeypatch.setattr(dispatch, "_HAS_FLASH_ATTN", True)
+    monkeypatch.setattr(dispatch, "_NATIVE_ON_CUDA", set())  # a build may have it
     monkeypatch.setattr(dispatch, "_NO_TRITON", {"cuda": None, "cpu": "no"})
     monkeypatch.setattr(tuning, "_clock", lambda device: {"cuda": clock}[device])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
