@@ -14,12 +14,6 @@ namespace iv2::cuda {
 namespace {
 
 constexpr int kKeys = 64;  // of a tile
-// Tiles of 16 queries that a warp has: two share what it reads of k and v, where registers suffice.
-template <int D>
-constexpr int kRowTiles = D == 128 ? 1 : 2;
-template <int D>
-constexpr int kQueries = 16 * kRowTiles<D> * kAttentionWarps;
-
 template <int D>
 constexpr size_t kSharedElements = D * (kQueries<D> + 4 * kKeys);
 
@@ -60,15 +54,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
   constexpr int row_tiles = kRowTiles<D>, queries = kQueries<D>;
   IV2_SHARED_DYNAMIC(T, q_tile);
   T* kv_tiles = q_tile + queries * D;  // [2][k, v][kKeys][D]
-  // Under causal the last queries have most to do: they start first.
-  const int index = static_cast<int>(blockIdx.x) / blocks;
-  const int block = static_cast<int>(blockIdx.x) % blocks;
-  const int q0 = (a.causal ? blocks - 1 - block : block) * queries;
-  const int heads = static_cast<int>(a.heads), head = index % heads;
-  const int kv_head = head / static_cast<int>(a.heads / a.kv_heads);
-  const Sequence seq = sequence_of(a, index / heads);
-  if (q0 >= seq.q_count) return;
-  const int count = seq.q_count - q0 < queries ? seq.q_count - q0 : queries;
+  const QueryBlock own = query_block<D>(a, blocks);
+  if (own.count <= 0) return;
+  const Sequence& seq = own.seq;
+  const int head = own.head, kv_head = own.kv_head, q0 = own.first, count = own.count;
   const T* q = static_cast<const T*>(a.q) + seq.batch * a.q_batch + head * a.q_head;
   const T* k = static_cast<const T*>(a.k) + seq.batch * a.k_batch + kv_head * a.k_head;
   const T* v = static_cast<const T*>(a.v) + seq.batch * a.v_batch + kv_head * a.v_head;
@@ -85,10 +74,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   copy_async_commit();
 
   const int lane = lane_id(), row0 = warp_id() * 16 * row_tiles;
-  // What the warp's first row sees, all of its rows see; what its last does not, none does.
-  const int last = row0 + 16 * row_tiles < count ? row0 + 16 * row_tiles - 1 : count - 1;
-  const int seen_by_all = row0 < count ? keys_seen(seq, q0 + row0, a.causal) : 0;
-  const int seen_by_any = row0 < count ? keys_seen(seq, q0 + last, a.causal) : 0;
+  const Seen seen = keys_seen_by_warp<D>(own, row0, a.causal);
   float o[row_tiles][D / 8][4] = {}, top[row_tiles][2], total[row_tiles][2] = {};
 #pragma unroll
   for (int m = 0; m < row_tiles; ++m) top[m][0] = top[m][1] = -INFINITY;
@@ -98,7 +84,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     if (tile + 1 < tiles) copy_keys(tile + 1);
     copy_async_commit();
     const int first = tile * kKeys;
-    if (first >= seen_by_any) continue;
+    if (first >= seen.by_any) continue;
     const T* k_tile = kv_tiles + tile % 2 * (2 * kKeys * D);
     float s[row_tiles][columns][4] = {};
     add_scores<T, D>(s, q_tile, row0, k_tile, 0);
@@ -110,17 +96,17 @@ __global__ void __launch_bounds__(kAttentionThreads)
         for (int j = 0; j < 4; ++j) s[m][n][j] *= scale;
       }
     }
-    if (first + kKeys > seen_by_all) {
+    if (first + kKeys > seen.by_all) {
 #pragma unroll
       for (int m = 0; m < row_tiles; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = q0 + row0 + m * 16 + half * 8 + lane / 4;
-          const int seen = keys_seen(seq, row, a.causal) - first - lane % 4 * 2;
+          const int keys = keys_seen(seq, row, a.causal) - first - lane % 4 * 2;
 #pragma unroll
           for (int n = 0; n < columns; ++n) {
-            if (n * 8 >= seen) s[m][n][half * 2] = -INFINITY;
-            if (n * 8 + 1 >= seen) s[m][n][half * 2 + 1] = -INFINITY;
+            if (n * 8 >= keys) s[m][n][half * 2] = -INFINITY;
+            if (n * 8 + 1 >= keys) s[m][n][half * 2 + 1] = -INFINITY;
           }
         }
       }

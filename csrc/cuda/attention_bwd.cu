@@ -14,13 +14,7 @@ namespace {
 
 constexpr int kSteps = 32;  // rows of the tiles that a block goes over
 constexpr int kColumns = kSteps / 8;
-// Tiles of 16 queries that a warp has: two share what it reads of k and v, where registers suffice.
-// For two of keys, whose sums are twice as many, they do not.
-template <int D>
-constexpr int kRowTiles = D == 128 ? 1 : 2;
-template <int D>
-constexpr int kQueries = 16 * kRowTiles<D> * kAttentionWarps;
-constexpr int kKeys = 16 * kAttentionWarps;
+constexpr int kKeys = 16 * kAttentionWarps;  // for two tiles a warp, their sums are too many
 
 // A block's own rows, of two tensors, and double-buffered steps of two others.
 template <int D, int rows>
@@ -111,15 +105,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
   T* do_tile = q_tile + queries * D;
   T* kv_tiles = do_tile + queries * D;  // [2][k, v][kSteps][D], and o before them
   static_assert(queries <= 4 * kSteps);
-  const int index = static_cast<int>(blockIdx.x) / blocks;
-  const int block = static_cast<int>(blockIdx.x) % blocks;
-  // Under causal the last queries have most to do: they start first.
-  const int q0 = (a.causal ? blocks - 1 - block : block) * queries;
-  const int heads = static_cast<int>(a.heads), head = index % heads;
-  const int kv_head = head / static_cast<int>(a.heads / a.kv_heads);
-  const Sequence seq = sequence_of(a, index / heads);
-  if (q0 >= seq.q_count) return;
-  const int count = seq.q_count - q0 < queries ? seq.q_count - q0 : queries;
+  const QueryBlock own = query_block<D>(a, blocks);
+  if (own.count <= 0) return;
+  const Sequence& seq = own.seq;
+  const int head = own.head, kv_head = own.kv_head, q0 = own.first, count = own.count;
   const T* q = static_cast<const T*>(a.q) + seq.batch * a.q_batch + head * a.q_head;
   const T* k = static_cast<const T*>(a.k) + seq.batch * a.k_batch + kv_head * a.k_head;
   const T* v = static_cast<const T*>(a.v) + seq.batch * a.v_batch + kv_head * a.v_head;
@@ -139,10 +128,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   copy_async_commit();
 
   const int row0 = warp_id() * 16 * row_tiles;
-  // What the warp's first row sees, all of its rows see; what its last does not, none does.
-  const int last = row0 + 16 * row_tiles < count ? row0 + 16 * row_tiles - 1 : count - 1;
-  const int seen_by_all = row0 < count ? keys_seen(seq, q0 + row0, a.causal) : 0;
-  const int seen_by_any = row0 < count ? keys_seen(seq, q0 + last, a.causal) : 0;
+  const Seen seen = keys_seen_by_warp<D>(own, row0, a.causal);
   float delta[row_tiles][2], lse[row_tiles][2], dq[row_tiles][D / 8][4] = {};
   copy_async_wait<1>();
   sync_block();
@@ -156,13 +142,13 @@ __global__ void __launch_bounds__(kAttentionThreads)
     if (tile + 1 < tiles) copy_keys(tile + 1);
     copy_async_commit();
     const int first = tile * kSteps;
-    if (first >= seen_by_any) continue;
+    if (first >= seen.by_any) continue;
     const T* k_tile = kv_tiles + tile % 2 * (2 * kSteps * D);
     float s[row_tiles][kColumns][4] = {}, dp[row_tiles][kColumns][4] = {};
     add_scores<T, D>(s, q_tile, row0, k_tile, 0);
     add_scores<T, D>(dp, do_tile, row0, k_tile + kSteps * D, 0);
     weigh_rows(s, dp, lse, delta, scale, seq, a.causal, q0 + row0, first,
-               first + kSteps <= seen_by_all);
+               first + kSteps <= seen.by_all);
     add_weighted<T, D>(dq, s, k_tile);
   }
   copy_async_wait<0>();

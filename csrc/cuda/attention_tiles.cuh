@@ -199,6 +199,44 @@ __device__ __forceinline__ int keys_seen(const Sequence& s, int i, bool causal) 
   return seen < 0 ? 0 : seen < s.k_count ? seen : s.k_count;
 }
 
+// Tiles of 16 queries that a warp has: two share what it reads of k and v, where registers suffice.
+template <int D>
+constexpr int kRowTiles = D == 128 ? 1 : 2;
+template <int D>
+constexpr int kQueries = 16 * kRowTiles<D> * kAttentionWarps;
+
+// The queries of a head that a block has, kQueries at most; count is not positive where there are
+// none.
+struct QueryBlock {
+  Sequence seq;
+  int head, kv_head, first, count;
+};
+template <int D, class Args>
+__device__ __forceinline__ QueryBlock query_block(const Args& a, int blocks) {
+  const int index = static_cast<int>(blockIdx.x) / blocks;
+  const int block = static_cast<int>(blockIdx.x) % blocks;
+  // Under causal the last queries have most to do: they start first.
+  const int first = (a.causal ? blocks - 1 - block : block) * kQueries<D>;
+  const int heads = static_cast<int>(a.heads), head = index % heads;
+  const int kv_head = head / static_cast<int>(a.heads / a.kv_heads);
+  const Sequence seq = sequence_of(a, index / heads);
+  const int rest = seq.q_count - first;
+  return {seq, head, kv_head, first, rest < kQueries<D> ? rest : kQueries<D>};
+}
+
+// How many keys all, and any, of a warp's rows of a block see: what its first row sees, all do;
+// what its last does not, none does.
+struct Seen {
+  int by_all, by_any;
+};
+template <int D>
+__device__ __forceinline__ Seen keys_seen_by_warp(const QueryBlock& b, int row0, bool causal) {
+  if (row0 >= b.count) return {0, 0};
+  const int end = row0 + 16 * kRowTiles<D>;
+  const int last = (end < b.count ? end : b.count) - 1;
+  return {keys_seen(b.seq, b.first + row0, causal), keys_seen(b.seq, b.first + last, causal)};
+}
+
 // f(T{}, Int<D>{}) for a dtype and a head_dim that there are kernels of; else
 // cudaErrorInvalidValue.
 template <class F>
