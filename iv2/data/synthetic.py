@@ -138,14 +138,14 @@ def draw_clip(seed: int, index: int, *, scenes: int = 0, speech: bool = False) -
     travel = TRAVEL[0] + (TRAVEL[1] - TRAVEL[0]) * travel
     return Clip(
         attributes=attributes,
-        start=(column, row, upright(angle, [attributes["motion"]], travel), size),
+        start=(column, row, start_angle(angle, [attributes["motion"]], travel), size),
         travel=travel,
         contrast=0.10 + 0.08 * contrast,
         captions=captions(attributes, rng),
     )
 
 
-def upright(u: float, motions: Sequence[str], travel: float) -> float:
+def start_angle(u: float, motions: Sequence[str], travel: float) -> float:
     """The angle at which a shape starts, in turns in [0, 1), drawn by u in [0, 1).
 
     Upright, but for a tilt, or as far on one side of that as it turns to the other: which way it

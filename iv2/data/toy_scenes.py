@@ -29,8 +29,8 @@ from iv2.data.synthetic import (
     _rng,
     _texture,
     add_speech,
+    start_angle,
     synthesise,
-    upright,
 )
 
 LAYOUTS = ("one", "two_shapes", "two_motions", "two_sounds")
@@ -111,7 +111,7 @@ def draw_scene(seed: int, index: int, *, speech: bool = False, held_out: bool = 
     low, high = _TRAVEL_EACH if layout == "two_motions" else (t / events for t in TRAVEL)
     travel, contrast = low + (high - low) * rng.random(), 0.10 + 0.08 * rng.random()
     column, row, angle, size = (float(u) for u in rng.random(4))
-    start = (column, row, upright(angle, motions, travel), size)
+    start = (column, row, start_angle(angle, motions, travel), size)
     first = Mover(names["shape"], colour, tuple(motions), start, travel)
     movers = (first,) if layout != "two_shapes" else _pair(first, rng)
     word = names["word"] if speech else None
@@ -147,7 +147,7 @@ def _placed(
     """A shape that stays small, whatever its motion."""
     low, span = {"growing": (0.0, 0.08), "shrinking": (0.5, 0.08)}.get(motions[0], (0.0, 0.5))
     column, row, angle, size = (float(u) for u in draws)
-    start = (column, row, upright(angle, motions, travel), low + span * size)
+    start = (column, row, start_angle(angle, motions, travel), low + span * size)
     return Mover(shape, colour, motions, start, travel)
 
 

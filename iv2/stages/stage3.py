@@ -211,8 +211,7 @@ class Stage3(nn.Module):
         captions = choose_captions(batch, kind, training=self.training)
         words = self.language_tokenizer(captions, add_special_tokens=False)["input_ids"]
         seeds = batch["seeds"] if self.training else None
-        instructions = [[{"role": "user", "content": ""}]] * len(captions)
-        found = self.see(batch["video"][:, None], instructions, seeds, batch.get("fbank"))
+        found = self.see(batch["video"][:, None], [()] * len(captions), seeds, batch.get("fbank"))
         table = base(self.model.lm).get_input_embeddings().weight
         return words_loss(found, table, words)
 

@@ -28,10 +28,7 @@ from iv2.stages.finetune import Finetune, build_finetune, find_classes
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 28, "num_frames": 4}
 CLIP = ClipConfig(num_frames=4, crop=CropConfig(kind="whole", size=28))
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_steady):
-    torch.set_num_threads(1)  # nothing here is large
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def clouds(num, dim=6, classes=3, spread=1.0, seed=0):

@@ -22,10 +22,7 @@ from iv2.recipes import RECIPES
 from iv2.stages.clip import build_clip_stage
 from iv2kernels import contrastive_loss
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,7 @@ from iv2.stages.clip import build_clip_stage
 LLAMA = LlamaTextConfig(out_dim=16, lora_rank=2, lora_alpha=4)
 EIGHT = replace(VISION, num_frames=8)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -37,10 +37,7 @@ from iv2.stages.dual_encoder import load_dual_encoder
 
 RECIPE = RECIPES["clip-tiny"]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_config(folder, listing, **changes):

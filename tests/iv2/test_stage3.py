@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_stage2 import VISION, write_vocabulary
+from tiny_stage2 import VISION
 from tiny_stage3 import CONFIG, batch_of, said, tiny_stage, write_language_model
 
 from iv2.checkpoint import load_checkpoint, save_weights
@@ -21,15 +21,7 @@ from iv2kernels import Packed, attention
 
 ROUNDS = said("red bar", "green cross", "up", "left", system="blue")
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_vocabulary(tmp_path_factory.mktemp("words"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,7 @@ import torch
 from bench import stage3, steps
 from iv2.models.language import next_token_loss
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -24,10 +24,7 @@ from iv2.data.transforms import CropConfig
 from iv2.models.language import LanguageConfig, base
 from iv2.serve.chat import VideoChat
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_it_learns_what_only_the_video_says(tmp_path):

@@ -25,10 +25,7 @@ from iv2.recipes import RECIPES
 from iv2.serve.chat import VideoChat, dialogue
 from iv2.stages.stage3 import load_stage3
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -31,15 +31,7 @@ from iv2.stages.stage3 import Stage3
 SOUND = SoundConfig(seconds=1.0, num_frames=64)
 HEARING = ("audio_encoder.", "audio_up.")
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_vocabulary(tmp_path_factory.mktemp("words"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def with_sound(batch, seed=3):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from media import write_video
-from tiny_stage2 import AUDIO_TINY, VISION, write_vocabulary
+from tiny_stage2 import AUDIO_TINY, VISION
 from tiny_stage3 import CONFIG, batch_of, said, tiny_stage
 
 from iv2 import train as loop
@@ -22,15 +22,7 @@ from iv2.serve.chat import VideoChat
 
 ROUNDS = said("red bar", "green cross", "up", "left", system="blue")
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_vocabulary(tmp_path_factory.mktemp("words"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("heard", [False, True])

@@ -18,15 +18,7 @@ from iv2.stages.words import words_loss
 
 WORDS = replace(CONFIG, learns="words")
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_vocabulary(tmp_path_factory.mktemp("words"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def captioned(*texts, heard=0):

@@ -24,10 +24,7 @@ from iv2.recipes import RECIPES
 from iv2.run_folder import Log, Progress, checkpoints, latest_checkpoint, read_log
 from iv2.train import NonFiniteLossError, run, train
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_steady):
-    torch.set_num_threads(1)  # nothing here is large
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 ROOT = Path(tiny_run.__file__).parents[2]
