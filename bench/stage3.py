@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from iv2.data.instructions import question_vocabulary, train_rows
 from iv2.data.toy_scenes import draw_scene
 from iv2.models import language
-from iv2.optim import AdamW, parameter_groups
+from iv2.optim import Optimizer, parameter_groups
 from iv2.recipes import RECIPES
 from iv2.stages import stage3
 
@@ -113,7 +113,7 @@ class Step:
             self.stage = stage3.build_stage3(config.model, own, dtype=dtype, audio=config.audio)
         self.stage.model.to(dtype)
         self.stage.train()
-        self.optimizer = AdamW(
+        self.optimizer = Optimizer(
             parameter_groups(
                 list(self.stage.model.named_parameters()),
                 depth=config.model.depth,

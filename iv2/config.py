@@ -66,7 +66,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW, or Muon for the matrices of blocks, and the schedule."""
 
     # Highest learning rate, for lr_batch clips a step; it grows with the global batch.
     lr: float = 1.5e-4
@@ -88,6 +88,8 @@ class OptimConfig:
     audio_lr_scale: float = 1.0
     # Factor of the learning rate of the language model, in stage 3.
     lm_lr_scale: float = 1.0
+    # Factor of the learning rate of the matrices of blocks, which Muon then updates; 0: AdamW does.
+    muon_lr_scale: float = 0.0
     # Passes over the data.
     epochs: float = 301
     # Steps of the run; 0 counts epochs.
@@ -104,6 +106,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         scales = (f"{part}_lr_scale" for part in ("vision", "audio", "lm"))
         _positive(self, "lr", "accumulate", "layer_decay", *scales)
+        if self.muon_lr_scale < 0:
+            raise ValueError(f"OptimConfig: muon_lr_scale must be >= 0, got {self.muon_lr_scale}")
         if not self.steps and self.epochs <= 0:
             raise ValueError(f"OptimConfig: epochs must be positive, got {self.epochs}")
 
@@ -432,9 +436,14 @@ def differences(config: TrainConfig, other: dict[str, Any]) -> list[str]:
     """Fields, but for the free ones, in which a configuration differs from another's dict.
 
     Returns:
-        "name value (other)" for each.
+        "name value (other)" for each; what is wrong with the other, if it is no configuration.
     """
-    own, there = flat(to_dict(config)), flat(other)
+    try:
+        # A field that is younger than the other run: its default is what was done before it.
+        there = flat(to_dict(from_dict(TrainConfig, other)))
+    except ValueError as error:
+        return [str(error)]
+    own = flat(to_dict(config))
     return [
         f"{name} {own.get(name)!r} (there {there.get(name)!r})"
         for name in sorted(own.keys() | there.keys())

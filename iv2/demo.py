@@ -62,9 +62,9 @@ class Budget:
 
 DEMO = Budget(
     clips=1200,
-    image_teacher_steps=250,
-    video_teacher_steps=450,
-    stage1_steps=1000,
+    image_teacher_steps=200,
+    video_teacher_steps=250,
+    stage1_steps=450,
     supervised_steps=0,
     single_teachers=False,
     goals={"motion": 0.15, "background": 0.10},

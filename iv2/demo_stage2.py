@@ -45,9 +45,9 @@ class Budget2:
 
 
 DEMO2 = Budget2(
-    clips=1500,
-    speech_steps=200,
-    steps=120,
+    clips=1200,
+    speech_steps=90,
+    steps=60,
     batch_size=64,
     separate_steps=0,
     reranked=16,

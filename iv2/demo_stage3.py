@@ -54,10 +54,10 @@ class Budget3:
 
 DEMO3 = Budget3(
     clips=1000,
-    word_steps=150,
-    text_steps=220,
-    align_steps=200,
-    steps=100,
+    word_steps=80,
+    text_steps=120,
+    align_steps=100,
+    steps=70,
     batch_size=32,
     questions=300,
     compare=False,

@@ -1,4 +1,4 @@
-"""AdamW as published: parameter groups, layer decay, schedule, and float32 masters of bf16 weights.
+"""AdamW as published, Muon for matrices; groups, schedule, float32 masters of bf16 weights.
 
 A learning rate is a function of the step number alone, so that nothing has to be kept of it.
 """
@@ -37,6 +37,12 @@ class Schedule:
 
 
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+# Linear layers of transformer blocks: what Muon is for. Not tables, heads, or LoRA's thin factors.
+_MATRIX = re.compile(r"(?:^|\.)(?:blocks|layers?)\.\d+\.(?!.*(?:embedding|_bias|lora_)).*weight$")
+# Of Muon's momentum, and of its Newton-Schulz iteration: Jordan's.
+_MOMENTUM = 0.95
+_ITERATION = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
 # The tables of the decoders belong to the decoders.
 _EMBEDDING = re.compile(r"(?:^|\.)(?:patch_embed\..*|cls_token|(?:img_)?pos_embed\w*)$")
 
@@ -64,6 +70,11 @@ def spared_from_decay(name: str, parameter: Tensor) -> bool:
     return parameter.dim() <= 1 or "pos_embed" in name or name.endswith("cls_token")
 
 
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether it is the weight of a linear layer in a transformer block."""
+    return parameter.dim() == 2 and _MATRIX.search(name) is not None
+
+
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     *,
@@ -71,8 +82,9 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     lr_scales: Mapping[str, float] | None = None,
+    muon_lr_scale: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW: by weight decay, by part and, with layer decay, by layer.
+    """Groups for the optimizer: by weight decay, by part, by kind and, with layer decay, by layer.
 
     Args:
         named_parameters: Those that need no gradient are left out.
@@ -80,11 +92,13 @@ def parameter_groups(
         weight_decay: For all but what ``spared_from_decay`` names.
         layer_decay: Factor of the learning rate from one layer to the one before.
         lr_scales: Factor of the learning rate of parts, by what their names begin with.
+        muon_lr_scale: Another factor, for the matrices of blocks; 0 leaves them to AdamW.
 
     Returns:
-        Dicts with ``params``, ``names``, ``weight_decay`` and ``lr_scale``, last layer first.
+        Dicts with ``params``, ``names``, ``weight_decay``, ``lr_scale`` and ``muon``, last layer
+        first.
     """
-    groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, float, bool, bool], dict[str, Any]] = {}
     parts = lr_scales or {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
@@ -92,13 +106,16 @@ def parameter_groups(
         below = 0 if layer_decay == 1 else depth + 1 - layer_of(name, depth)
         spared = spared_from_decay(name, parameter)
         scale = next((s for part, s in parts.items() if name.startswith(part)), 1.0)
+        muon = muon_lr_scale > 0 and is_matrix(name, parameter)
+        scale *= muon_lr_scale if muon else 1.0
         group = groups.setdefault(
-            (below, scale, spared),
+            (below, scale, spared, muon),
             {
                 "params": [],
                 "names": [],
                 "weight_decay": 0.0 if spared else weight_decay,
                 "lr_scale": scale * layer_decay**below,
+                "muon": muon,
             },
         )
         group["params"].append(parameter)
@@ -106,15 +123,35 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-class AdamW:
-    """torch's fused AdamW over float32 masters of whatever parameters are narrower.
+def orthogonal(x: Tensor) -> Tensor:  # [..., M, N]
+    """Nearly U V^T of each matrix U S V^T: its singular values come out between .7 and 1.2.
+
+    Five steps of X <- aX + (bA + cA^2)X with A = X X^T, in bfloat16 on a GPU. Source: K. Jordan,
+    Muon (2024).
+    """
+    a, b, c = _ITERATION
+    tall = x.shape[-2] > x.shape[-1]
+    y = x.mT if tall else x
+    y = y.bfloat16() if y.is_cuda else y.float()
+    y = y / y.flatten(-2).norm(dim=-1)[..., None, None].clamp_min(1e-7)
+    for _ in range(_ITERATIONS):
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * (gram @ gram)) @ y
+    return y.mT if tall else y
+
+
+class Optimizer:
+    """torch's fused AdamW, and Muon, over float32 masters of whatever parameters are narrower.
 
     Parameters that are float32 are their own masters. Gradients are gathered in float32 by
     ``collect``, once per backward: with accumulation, nothing is summed in bfloat16.
 
+    Muon moves an M x N matrix by lr 0.2 sqrt(max(M, N)) ``orthogonal(g + 0.95 m)``, where the
+    momentum is m <- 0.95 m + g: about as far as AdamW would at this rate (arXiv 2502.16982, 2.2).
+
     Args:
-        groups: From ``parameter_groups``.
-        betas: Decay of the two moments.
+        groups: From ``parameter_groups``; those with ``muon`` are updated by Muon.
+        betas: Decay of AdamW's two moments.
         eps: Added to the root of the second moment.
     """
 
@@ -124,7 +161,7 @@ class AdamW:
         self.names: list[str] = [name for group in groups for name in group["names"]]
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         if not self.parameters:
-            raise ValueError("AdamW: groups must hold parameters, got none")
+            raise ValueError("Optimizer: groups must hold parameters, got none")
         self.masters = [
             p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for p in self.parameters
@@ -132,18 +169,18 @@ class AdamW:
         pairs = list(zip(self.parameters, self.masters, strict=True))
         self._narrow = [(p, m) for p, m in pairs if p is not m]
         by_parameter = dict(pairs)
+        rows = [{**group, "params": [by_parameter[p] for p in group["params"]]} for group in groups]
+        self._muon = [row for row in rows if row["muon"]]
+        self._momentum = {
+            p: torch.zeros_like(p, requires_grad=False) for row in self._muon for p in row["params"]
+        }
+        rest = [
+            {key: row[key] for key in ("params", "weight_decay", "lr_scale")}
+            for row in rows
+            if not row["muon"]
+        ]
         self._adamw = torch.optim.AdamW(
-            [
-                {
-                    "params": [by_parameter[p] for p in group["params"]],
-                    "weight_decay": group["weight_decay"],
-                    "lr_scale": group["lr_scale"],
-                }
-                for group in groups
-            ],
-            betas=betas,
-            eps=eps,
-            fused=True,
+            rest or [{"params": [], "lr_scale": 1.0}], betas=betas, eps=eps, fused=True
         )
 
     @property
@@ -178,15 +215,36 @@ class AdamW:
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        for group in self._muon:
+            self._step_muon(group, lr * group["lr_scale"])
+        for master in self.masters:
+            master.grad = None
         if self._narrow:
             torch._foreach_copy_([p for p, _ in self._narrow], [m for _, m in self._narrow])
+
+    def _step_muon(self, group: dict[str, Any], lr: float) -> None:
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for master in group["params"]:
+            if master.grad is not None:
+                shapes.setdefault(master.shape, []).append(master)
+        for shape, masters in shapes.items():  # those of a shape at once: fewer, larger products
+            momenta = [self._momentum[m] for m in masters]
+            grads = [m.grad for m in masters if m.grad is not None]
+            torch._foreach_mul_(momenta, _MOMENTUM)
+            torch._foreach_add_(momenta, grads)
+            ahead = torch._foreach_add(grads, momenta, alpha=_MOMENTUM)
+            updates = list(orthogonal(torch.stack(ahead)).float().unbind())
+            torch._foreach_mul_(masters, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(masters, updates, alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, step counts and masters, by parameter name."""
         state: dict[str, Any] = {"masters": {}, "moments": {}}
         for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
-            state["moments"][name] = dict(self._adamw.state[master])
+            momentum = self._momentum.get(master)
+            state["moments"][name] = (
+                dict(self._adamw.state[master]) if momentum is None else {"momentum": momentum}
+            )
             if master is not parameter:
                 state["masters"][name] = master.detach()
         return state
@@ -201,13 +259,16 @@ class AdamW:
         wrong = set(self.names) ^ set(state["moments"])
         if wrong:
             raise ValueError(
-                f"AdamW: state must hold the moments of {len(self.names)} parameters, got "
+                f"Optimizer: state must hold the moments of {len(self.names)} parameters, got "
                 f"{len(state['moments'])}; {', '.join(sorted(wrong)[:5])} are in one of them only"
             )
         for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
             if master is not parameter:
                 master.copy_(state["masters"][name])
-            self._adamw.state[master] = {
-                key: value.to(master.device, copy=True)
-                for key, value in state["moments"][name].items()
-            }
+            moments = state["moments"][name]
+            if master in self._momentum:
+                self._momentum[master].copy_(moments["momentum"])
+            else:
+                self._adamw.state[master] = {
+                    key: value.to(master.device, copy=True) for key, value in moments.items()
+                }

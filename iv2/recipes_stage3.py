@@ -172,7 +172,7 @@ def stage3_recipes(stage2_tiny: TrainConfig) -> dict[str, TrainConfig]:
         tiny,
         run_dir="runs/stage3-tiny-words",
         data=replace(tiny.data, sources=_TOY_SOURCES[3:4], batch_size=192),
-        optim=replace(tiny.optim, lr=2e-3, min_lr=2e-4),
+        optim=replace(tiny.optim, lr=2e-3, min_lr=2e-4, muon_lr_scale=2.0),
     )
     # iv2 train stage3-tiny-text --data.path runs/toyqa --stage3.lm.folder runs/toyqa \
     #     --stage3.lm-init runs/stage3-tiny-words/model.safetensors

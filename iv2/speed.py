@@ -14,7 +14,7 @@ import iv2kernels
 from iv2.config import Stage1Config
 from iv2.models.teachers import Teacher, TeacherOutput
 from iv2.models.vision import VISION, VisionEncoder
-from iv2.optim import AdamW, parameter_groups
+from iv2.optim import Optimizer, parameter_groups
 from iv2.stages.stage1 import Stage1, fit_decoders
 from iv2kernels.timing import interleaved, median_ratio
 
@@ -64,7 +64,7 @@ class Step:
         teachers = (_FixedTeacher(first, 1, 768, dtype), _FixedTeacher(second, 2, 0, dtype))
         student = VisionEncoder(fit_decoders(model, *teachers)).to(dtype)
         self.stage = Stage1(student, Stage1Config(), *teachers)
-        self.optimizer = AdamW(
+        self.optimizer = Optimizer(
             parameter_groups(
                 list(student.named_parameters()),
                 depth=len(student.blocks),

@@ -35,7 +35,7 @@ from iv2.data.mixed import join_states
 from iv2.distributed import World
 from iv2.distributed import world as join_world
 from iv2.models.vision import VisionEncoder
-from iv2.optim import AdamW, Schedule, num_blocks, parameter_groups
+from iv2.optim import Optimizer, Schedule, num_blocks, parameter_groups
 from iv2.run_data import open_batches, read_sources
 from iv2.run_folder import Log, Progress, checkpoints, latest_checkpoint, step_of
 from iv2.stages.clip import ClipStage, build_clip_stage
@@ -224,7 +224,7 @@ class _Run:
         scale = global_batch / optim.lr_batch if optim.lr_batch else 1.0
         self.schedule = Schedule(optim.lr * scale, optim.min_lr * scale, warmup, self.total)
         named = list(stage.trained.named_parameters())
-        self.optimizer = AdamW(
+        self.optimizer = Optimizer(
             parameter_groups(
                 named,
                 depth=num_blocks(stage.trained),
@@ -235,6 +235,7 @@ class _Run:
                     "audio_encoder.": optim.audio_lr_scale,
                     "lm.": optim.lm_lr_scale,
                 },
+                muon_lr_scale=optim.muon_lr_scale,
             ),
             betas=optim.betas,
             eps=optim.eps,

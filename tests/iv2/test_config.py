@@ -89,6 +89,21 @@ def test_differences_name_what_changed():
     assert differences(other, to_dict(base)) == ["optim.lr 1.0 (there 0.00015)", "seed 1 (there 0)"]
 
 
+def test_fields_that_another_lacks_are_as_by_default():
+    """A run that began before a field existed goes on."""
+    base = TrainConfig()
+    older = to_dict(base)
+    del older["stage1"]["teacher_cache_bytes"], older["stage3"]["learns"]
+    assert not differences(base, older)
+    changed = replace(base, stage1=replace(base.stage1, teacher_cache_bytes=1))
+    assert differences(changed, older) == ["stage1.teacher_cache_bytes 1 (there 0)"]
+
+
+def test_a_field_that_is_no_longer_there_is_a_difference():
+    (found,) = differences(TrainConfig(), to_dict(TrainConfig()) | {"gone": 1})
+    assert "got gone" in found
+
+
 def test_sources_may_move_but_not_change():
     def config(path, kind):
         return TrainConfig(data=DataConfig(sources=(SourceConfig(path, kind),)))

@@ -4,9 +4,18 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim import _muon
 
 from iv2.models.vision import build_encoder
-from iv2.optim import AdamW, Schedule, layer_of, parameter_groups, spared_from_decay
+from iv2.optim import (
+    Optimizer,
+    Schedule,
+    is_matrix,
+    layer_of,
+    orthogonal,
+    parameter_groups,
+    spared_from_decay,
+)
 
 
 def published_cosine(base, final, total, warmup):
@@ -59,11 +68,95 @@ def test_groups_of_layer_decay():
     assert len(names) == len(named) - len(list(frozen.parameters()))
 
 
-def make(dtype):
+def test_matrices_are_the_linear_layers_of_blocks():
+    of_blocks = (
+        *("blocks.0.attn.qkv.weight", "vision_encoder.blocks.11.mlp.fc2.weight"),
+        "text_encoder.bert.encoder.layer.3.attention.self.query.weight",
+        *("audio_encoder.encoder.layers.2.fc1.weight", "lm.model.layers.0.mlp.up_proj.weight"),
+    )
+    others = (
+        *("patch_embed.proj.weight", "head.weight", "clip_decoder.0.head.weight", "pos_embed"),
+        *("bert.embeddings.word_embeddings.weight", "lm.model.embed_tokens.weight"),
+        "audio_encoder.encoder.layers.0.self_attn.relative_attention_bias.weight",
+        "lm.model.layers.0.self_attn.q_proj.lora_A.default.weight",
+    )
+    matrix = torch.zeros(2, 2)
+    assert all(is_matrix(name, matrix) for name in of_blocks)
+    assert not any(is_matrix(name, matrix) for name in others)
+    assert not is_matrix("blocks.0.norm1.weight", torch.zeros(2))
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 64, 16), (16, 64)])
+def test_orthogonal_has_the_directions_and_even_singular_values(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, vt = torch.linalg.svd(x.double(), full_matrices=False)
+    assert s.min() < 0.2 * s.max() or shape != (3, 24, 24)
+    found = u.mT @ orthogonal(x).double() @ vt.mT  # in the basis of x: diagonal
+    values = found.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(found, torch.diag_embed(values), rtol=0, atol=1e-4)
+    assert values.max() < 1.25
+    assert values[s > 0.1 * s.amax(-1, keepdim=True)].min() > 0.65
+
+
+class Blocks(nn.Module):
+    """A model whose names are those of an encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 16)])
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x).tanh()
+        return self.head(x)
+
+
+def make(dtype, muon_lr_scale=0.0):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).to(dtype)
-    groups = parameter_groups(list(model.named_parameters()), depth=0, weight_decay=0.1)
-    return model, AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
+    model = Blocks().to(dtype)
+    groups = parameter_groups(
+        list(model.named_parameters()), depth=0, weight_decay=0.1, muon_lr_scale=muon_lr_scale
+    )
+    return model, Optimizer(groups, betas=(0.9, 0.98), eps=1e-6)
+
+
+def test_muon_is_torchs_but_for_its_precision(monkeypatch):
+    """torch's iterates in bfloat16, here in float32."""
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", lambda grad, *_: orthogonal(grad))
+    model, ours = make(torch.float32, muon_lr_scale=2.0)
+    other, _ = make(torch.float32)
+    matrices = [block.weight for block in other.blocks]
+    rest = [p for p in other.parameters() if all(p is not m for m in matrices)]
+    muon = torch.optim.Muon(matrices, lr=2e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+    )
+    for step in range(3):
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+        for m in (model, other):
+            m(x).square().mean().backward()
+        ours.step(1e-2)
+        for optimizer in (muon, adamw):
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_matrix_without_gradient_stays():
+    model, optimizer = make(torch.float32, muon_lr_scale=1.0)
+    before = model.blocks[2].weight.detach().clone()
+    model.blocks[0](torch.ones(2, 8)).square().mean().backward()
+    optimizer.step(1e-2)
+    assert torch.equal(model.blocks[2].weight, before)
+    assert model.blocks[0].weight.grad is None
 
 
 def test_float32_equals_torch():
@@ -94,14 +187,14 @@ def test_float32_equals_torch():
 
 def test_masters_keep_what_bfloat16_cannot():
     model, optimizer = make(torch.bfloat16)
-    before = [p.detach().clone() for p in model.parameters()]
+    before = [p.detach().clone() for p in optimizer.parameters]
     assert optimizer.has_masters
     for _ in range(3):
         model(torch.ones(4, 8, dtype=torch.bfloat16)).square().mean().backward()
         optimizer.collect()
         assert all(p.grad is None for p in model.parameters())
         optimizer.step(1e-6)  # far below half a unit of bfloat16 at these weights
-    moved = [(m - p.float()).abs().max() for m, p in zip(optimizer.masters, before, strict=False)]
+    moved = [(m - p.float()).abs().max() for m, p in zip(optimizer.masters, before, strict=True)]
     assert max(moved) > 0
     for p, m in zip(optimizer.parameters, optimizer.masters, strict=True):
         assert torch.equal(p, m.to(torch.bfloat16))
@@ -119,8 +212,9 @@ def test_accumulation_is_summed_in_float32():
         assert torch.equal(master.grad, sum(part[i] for part in parts))
 
 
+@pytest.mark.parametrize("muon_lr_scale", [0.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_goes_on_bitwise(dtype):
+def test_state_goes_on_bitwise(dtype, muon_lr_scale):
     x = torch.randn(4, 8).to(dtype)
 
     def go(model, optimizer, steps):
@@ -129,12 +223,12 @@ def test_state_goes_on_bitwise(dtype):
             optimizer.collect()
             optimizer.step(1e-2)
 
-    straight, optimizer = make(dtype)
+    straight, optimizer = make(dtype, muon_lr_scale)
     go(straight, optimizer, 4)
-    half, optimizer = make(dtype)
+    half, optimizer = make(dtype, muon_lr_scale)
     go(half, optimizer, 2)
     state, weights = optimizer.state_dict(), half.state_dict()
-    again, optimizer = make(dtype)
+    again, optimizer = make(dtype, muon_lr_scale)
     again.load_state_dict(weights)
     optimizer.load_state_dict(state)
     go(again, optimizer, 2)
@@ -144,7 +238,7 @@ def test_state_goes_on_bitwise(dtype):
 
 def test_errors():
     with pytest.raises(ValueError, match="groups must hold parameters, got none"):
-        AdamW([], betas=(0.9, 0.98), eps=1e-6)
+        Optimizer([], betas=(0.9, 0.98), eps=1e-6)
     _, optimizer = make(torch.float32)
-    with pytest.raises(ValueError, match="state must hold the moments of 4 parameters, got 1"):
-        optimizer.load_state_dict({"moments": {"0.weight": {}}, "masters": {}})
+    with pytest.raises(ValueError, match="state must hold the moments of 8 parameters, got 1"):
+        optimizer.load_state_dict({"moments": {"head.weight": {}}, "masters": {}})
