@@ -78,8 +78,8 @@ DEMO = Budget(
 _BEFORE = replace(
     DEMO,
     clips=2000,
-    image_teacher_steps=550,
-    video_teacher_steps=750,
+    image_teacher_steps=600,
+    video_teacher_steps=600,
     stage1_steps=1200,
     probe_clips=1500,
     stage3=None,
@@ -101,10 +101,8 @@ LEARN: dict[int, Budget] = {
     2: replace(_BEFORE, stage2=LEARN2),
     3: replace(
         _BEFORE,
-        # after 1,200 steps a probe finds 61 % of the motions, after 3,000 89 %
-        stage1_steps=3000,
-        # after 150 steps of it the sound tower of stage 3 told 35 % of the sounds
-        stage2=replace(DEMO2, clips=2000, speech_steps=220, steps=400, reranked=64),
+        stage1_steps=2000,
+        stage2=replace(DEMO2, clips=2000, speech_steps=200, steps=320, reranked=64),
         stage3=LEARN3,
     ),
 }

@@ -66,8 +66,8 @@ DEMO3 = Budget3(
 )
 LEARN3 = Budget3(
     clips=4000,
-    word_steps=250,
-    text_steps=900,
+    word_steps=200,
+    text_steps=800,
     align_steps=500,
     steps=700,
     batch_size=32,
