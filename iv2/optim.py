@@ -131,7 +131,7 @@ def orthogonal(x: Tensor) -> Tensor:  # [..., M, N]
     """
     a, b, c = _ITERATION
     tall = x.shape[-2] > x.shape[-1]
-    y = x.mT if tall else x
+    y: Tensor = x.mT if tall else x
     y = y.bfloat16() if y.is_cuda else y.float()
     y = y / y.flatten(-2).norm(dim=-1)[..., None, None].clamp_min(1e-7)
     for _ in range(_ITERATIONS):
@@ -171,7 +171,7 @@ class Optimizer:
         by_parameter = dict(pairs)
         rows = [{**group, "params": [by_parameter[p] for p in group["params"]]} for group in groups]
         self._muon = [row for row in rows if row["muon"]]
-        self._momentum = {
+        self._momentum: dict[Tensor, Tensor] = {
             p: torch.zeros_like(p, requires_grad=False) for row in self._muon for p in row["params"]
         }
         rest = [
@@ -223,7 +223,7 @@ class Optimizer:
             torch._foreach_copy_([p for p, _ in self._narrow], [m for _, m in self._narrow])
 
     def _step_muon(self, group: dict[str, Any], lr: float) -> None:
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        shapes: dict[torch.Size, list[Tensor]] = {}
         for master in group["params"]:
             if master.grad is not None:
                 shapes.setdefault(master.shape, []).append(master)

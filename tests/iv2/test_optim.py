@@ -151,9 +151,12 @@ def test_muon_is_torchs_but_for_its_precision(monkeypatch):
 
 
 def test_a_matrix_without_gradient_stays():
-    model, optimizer = make(torch.float32, muon_lr_scale=1.0)
+    model, _ = make(torch.float32)
     before = model.blocks[2].weight.detach().clone()
     model.blocks[0](torch.ones(2, 8)).square().mean().backward()
+    matrices = [block.weight for block in model.blocks]
+    group = {"params": matrices, "names": list("abc"), "weight_decay": 0.0, "lr_scale": 1.0}
+    optimizer = Optimizer([group | {"muon": True}], betas=(0.9, 0.98), eps=1e-6)  # no AdamW at all
     optimizer.step(1e-2)
     assert torch.equal(model.blocks[2].weight, before)
     assert model.blocks[0].weight.grad is None

@@ -56,19 +56,19 @@ def finish(processes):
         assert process.returncode == 0, errors
 
 
-def test_killed_run_goes_on_bitwise(tmp_path):
+@pytest.mark.parametrize("muon_lr_scale", [0.0, 1.0])
+def test_killed_run_goes_on_bitwise(tmp_path, muon_lr_scale):
+    flags = {"precision": "bfloat16", "muon_lr_scale": muon_lr_scale}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    whole = start(straight, precision="bfloat16")
-    part = start(
-        killed, precision="bfloat16", kill_at=5
-    )  # after a checkpoint at 4, and a line more
+    whole = start(straight, **flags)
+    part = start(killed, kill_at=5, **flags)  # after a checkpoint at 4, and a line more
     finish(whole)
     part[0].communicate(timeout=120)
     assert part[0].returncode == -signal.SIGKILL
     assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5]
     with (killed / "log.jsonl").open("a") as log:
         log.write('{"step": 6, "loss')  # torn by the kill
-    finish(start(killed, precision="bfloat16"))
+    finish(start(killed, **flags))
     assert rows(killed) == rows(straight)
     assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5, 6]
     ends = [load_training_checkpoint(latest_checkpoint(d)) for d in (straight, killed)]
@@ -91,12 +91,14 @@ def assert_same(a, b, where="state"):
         assert a == b, where
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("muon_lr_scale", [0.0, 1.0])
+def test_two_processes_equal_one(tmp_path, muon_lr_scale):
     accumulate = 2  # the first backward of a step stays local, the second one is averaged
-    flags = {"steps": 4, "accumulate": accumulate}
+    flags = {"steps": 4, "muon_lr_scale": muon_lr_scale}
     # A step is cut into micro-batches after it is cut into ranks, so the whole of it is the same.
-    two = start(tmp_path / "two", ranks=2, batch_size=4 // accumulate, **flags)
-    train(stage1(), RandomBatches(8), tiny_config(tmp_path / "one", steps=4))
+    size = 4 // accumulate
+    two = start(tmp_path / "two", ranks=2, batch_size=size, accumulate=accumulate, **flags)
+    train(stage1(), RandomBatches(8), tiny_config(tmp_path / "one", **flags))
     finish(two)
     for one, both in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert one["losses"] == pytest.approx(both["losses"], rel=2e-5)
