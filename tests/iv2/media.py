@@ -7,6 +7,7 @@ import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -39,6 +40,14 @@ def numbers(frames: Tensor) -> list[int]:
     places = ((torch.arange(BITS) + 0.5) * width / BITS).long()
     bright = frames[:, height // 2 :, places].float().mean((1, 3)) > 128
     return (bright.long() << torch.arange(BITS)).sum(1).tolist()
+
+
+def same_batch(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two batches of a loader agree to the last bit."""
+    return one.keys() == two.keys() and all(
+        torch.equal(value, two[name]) if torch.is_tensor(value) else value == two[name]
+        for name, value in one.items()
+    )
 
 
 def write_video(

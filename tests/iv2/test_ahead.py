@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from media import write_broken, write_video
+from media import same_batch, write_broken, write_video
 
 from iv2.data import loader
 from iv2.data.ahead import Fetched, ahead, lane_to
@@ -96,14 +96,6 @@ def stream(samples: list[Sample], **options: Any) -> Batches:
     return Batches(VideoDataset(samples, CLIP), 3, **options)
 
 
-def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    """Whether two batches agree to the last bit."""
-    return one.keys() == two.keys() and all(
-        torch.equal(value, two[name]) if torch.is_tensor(value) else value == two[name]
-        for name, value in one.items()
-    )
-
-
 @pytest.fixture
 def on_a_lane(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     lane = Recorded()
@@ -149,14 +141,14 @@ def test_the_loader_is_left_and_taken_up_anywhere(
     for stop in (1, 4):
         with stream(samples, num_workers=workers) as first:
             for n in range(stop):
-                assert same(next(first), whole[n])
+                assert same_batch(next(first), whole[n])
                 # what is broken in the next batch is not yet known, as without the lane
                 assert first.skipped == skipped[n]
             state = json.loads(json.dumps(first.state_dict()))
         assert state["position"] == 3 * stop
         with stream(samples, num_workers=workers) as second:
             second.load_state_dict(state)
-            assert all(same(next(second), batch) for batch in whole[stop:])
+            assert all(same_batch(next(second), batch) for batch in whole[stop:])
             assert second.skipped == skipped[-1]
     assert lane.events.count("begin") > lane.events.count("receive")
 
@@ -189,12 +181,12 @@ def test_sources_take_turns(
     monkeypatch.setattr(loader, "lane_to", lambda device: Recorded())
     batches = mixed()
     for n, expected in enumerate(plain):
-        assert same(next(batches), expected)
+        assert same_batch(next(batches), expected)
         if n == 3:
             state = json.loads(json.dumps(batches.state_dict()))
     again = mixed()
     again.load_state_dict(state)
-    assert all(same(next(again), expected) for expected in plain[4:])
+    assert all(same_batch(next(again), expected) for expected in plain[4:])
 
 
 @pytest.mark.gpu
@@ -210,6 +202,6 @@ def test_on_a_gpu(samples: list[Sample], workers: int) -> None:
             for _ in range(20):  # while which the next batch is copied
                 busy = busy @ busy / 2048
             assert {batch[name].device for name in ("video", "seeds", "ids")} == {device}
-            assert same(
+            assert same_batch(
                 {n: x.cpu() if torch.is_tensor(x) else x for n, x in batch.items()}, expected
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from media import numbers, write_broken, write_video
+from media import numbers, same_batch, write_broken, write_video
 
 from iv2.data import dataset as dataset_module
 from iv2.data.cache import FrameCache
@@ -43,16 +43,7 @@ def take(batches: Batches, num: int) -> list[dict[str, Any]]:
 
 def same(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> bool:
     """Whether the batches agree to the last bit."""
-    if len(one) != len(two):
-        return False
-    for a, b in zip(one, two, strict=True):
-        if a.keys() != b.keys():
-            return False
-        for name, value in a.items():
-            equal = torch.equal(value, b[name]) if torch.is_tensor(value) else value == b[name]
-            if not equal:
-                return False
-    return True
+    return len(one) == len(two) and all(map(same_batch, one, two))
 
 
 def test_batch(toys: list[Sample]) -> None:
