@@ -59,12 +59,14 @@ def main(given: Sequence[str] | None = None) -> int:
         for op in options.ops or _with_kernels()
     ]
     wrong = []
+    spills: dict[str, list[bool]] = {arch: [] for arch in options.arch}
     for task, kernels in spread(measure, tasks, options.jobs):
         taken = {}
         unused = budgets.of(known, task.op, task.arch, task.dtypes)
         for kernel, found in kernels:
             name = f"{kernel}, {task.arch}"
             unused.discard(name)
+            spills[task.arch].append(any(found[key] for key in budgets.ADMITTED))
             budget = known.get(name) if comparable else None
             print(_row(kernel, task.arch, found), flush=True)
             if options.tighten and budgets.may_be_taken(found, budget, options.admit):
@@ -77,6 +79,8 @@ def main(given: Sequence[str] | None = None) -> int:
             budgets.save(kept | taken)
         else:
             wrong += [f"{name}: has a budget, but nothing launches it" for name in sorted(unused)]
+    for arch, of_kernels in spills.items():
+        print(f"{arch}: {sum(of_kernels)} of {len(of_kernels)} kernels spill")
     print("\n".join(wrong))
     return min(len(wrong), 1)
 

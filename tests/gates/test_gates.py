@@ -16,11 +16,13 @@ import pytest
 
 pytest.importorskip("triton.language")
 
+import torch
 import triton
 
+from iv2kernels.triton.attention_tiles import tiles_for
 from tests.gates import __main__ as gate
 from tests.gates import budgets, resources
-from tests.gates.compiling import ARCHS, DTYPES, FULL, dtypes_of
+from tests.gates.compiling import ARCHS, DTYPES, FULL, compiling, dtypes_of
 
 ROOT = Path(__file__).parent.parent.parent
 GOOD = {
@@ -195,6 +197,17 @@ def test_blocks_at_once_follow_from_registers_and_shared_memory():
     assert counts == {"sm_80": 1, "sm_90": 2, "sm_100": 2, "sm_120": 1, "gfx942": 0}
     assert resources.blocks("sm_90", found | {"registers": 255}) == 1
     assert resources.blocks("sm_120", found | {"shared": 100 << 10}) == 0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tiles_follow_the_gpu_that_is_compiled_for(monkeypatch, arch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with compiling(arch):
+        found = [tiles_for(width, torch.bfloat16).dkdv for width in (64, 88, 128)]
+    if arch in ("sm_80", "sm_120"):
+        assert found == [(64, 32, 4, 2), (64, 16, 8, 2), (64, 32, 8, 2)]
+    else:
+        assert found == [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)]
 
 
 def test_every_budget_is_of_what_is_compiled_on_its_architecture():
