@@ -37,7 +37,10 @@ class Tiles(NamedTuple):
 
 
 def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The default sizes; float32 is multiplied without tensor cores, from registers."""
+    """The default sizes; float32 is multiplied without tensor cores, from registers.
+
+    Where tensor cores read registers alone, the pass over keys takes fewer rows at once.
+    """
     width = sum(_pieces(head_dim))
     if dtype == torch.float32:
         if width <= 96:
@@ -45,10 +48,25 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
             return Tiles(tile if width <= 64 else Tile(32, 16, 8, 2), tile, tile)
         return Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 2), Tile(16, 16, 8, 1))
     if width <= 64:
-        return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+        dkdv = Tile(64, 32, 4, 2) if _operands_in_registers() else Tile(64, 64, 4, 2)
+        return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), dkdv)
     if width <= 128:
-        return Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2))
+        dkdv = Tile(64, 32, 4, 2)
+        if _operands_in_registers():
+            dkdv = Tile(64, 32 if len(_pieces(head_dim)) == 1 else 16, 8, 2)
+        return Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), dkdv)
     return Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 16, 8, 2))
+
+
+def _operands_in_registers() -> bool:
+    """Of NVIDIA's GPUs only sm_90 and sm_100 multiply what lies in shared memory."""
+    if triton.knobs.runtime.interpret:
+        return False
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:  # no GPU
+        return False
+    return bool(target.backend == "cuda" and target.arch // 10 not in (9, 10))
 
 
 # What tune may try in place of the default in 16 bits, up to the width of the first column.

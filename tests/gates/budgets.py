@@ -1,7 +1,8 @@
 """The budgets: what each kernel may take on each architecture, in budgets.json.
 
 They only tighten. ``tighten`` takes what has become better and what is new; a budget that must be
-loosened is deleted by hand, where a reviewer sees it, and taken anew.
+loosened is deleted by hand, where a reviewer sees it, and taken anew. One that admits a spill says
+how large it is, and with it only shrinks.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ PATH = Path(__file__).parent / "budgets.json"
 # More is worse, more is better; the number of warps and of global accesses says nothing by itself.
 COSTS = ("registers", "stack", "shared", "local", "atomic")
 GAINS = ("blocks", "tensor", "async", "wide")
-# No kernel spills or uses local memory, and none adds in the order of who comes first.
-ZERO = ("stack", "local", "atomic")
+# No kernel spills or uses local memory, but for those whose budget admits it; and none adds in the
+# order of who comes first.
+ADMITTED = ("stack", "local")
+ZERO = (*ADMITTED, "atomic")
 
 Budgets = dict[str, Usage]
 
@@ -34,23 +37,41 @@ def load(path: Path = PATH) -> tuple[str, Budgets]:
     return found.pop("triton"), found
 
 
-def of(known: Budgets, ops: Sequence[str], archs: Sequence[str]) -> set[str]:
-    """The names of the budgets of some ops on some architectures: "op: kernel, arch"."""
-    return {n for n in known if n.split(": ")[0] in ops and n.split(", ")[-1] in archs}
+def of(known: Budgets, op: str, arch: str, dtypes: Sequence[str]) -> set[str]:
+    """The names of an op's budgets on an architecture: "op: kernel dtype #2, arch"."""
+    ends = tuple(f" {dtype}" for dtype in dtypes)
+    return {
+        n
+        for n in known
+        if n.startswith(f"{op}: ")
+        and n.endswith(f", {arch}")
+        and n.removesuffix(f", {arch}").split(" #")[0].endswith(ends)
+    }
 
 
 def complaints(name: str, found: Usage, budget: Usage | None) -> list[str]:
-    """What is wrong with a kernel."""
-    wrong = [f"{name}: {key} must be 0, got {found[key]}" for key in ZERO if found[key]]
-    if budget is None:
-        return wrong
-    for keys, sign, most in ((COSTS, 1, "at most"), (GAINS, -1, "at least")):
-        wrong += [
-            f"{name}: {key} must be {most} {budget[key]}, got {found[key]}"
-            for key in keys
-            if sign * found[key] > sign * budget[key]
-        ]
-    return wrong
+    """What is wrong with a kernel. None may spill, and a multiprocessor must have room for it."""
+    most, least = dict.fromkeys(ZERO, 0), {"blocks": 1}
+    if budget is not None:
+        most |= {key: budget[key] for key in COSTS}
+        least |= {key: budget[key] for key in GAINS}
+    wrong = [
+        f"{name}: {key} must be {f'at most {limit}' if limit else 0}, got {found[key]}"
+        for key, limit in most.items()
+        if found[key] > limit
+    ]
+    return wrong + [
+        f"{name}: {key} must be at least {limit}, got {found[key]}"
+        for key, limit in least.items()
+        if found[key] < limit
+    ]
+
+
+def may_be_taken(found: Usage, budget: Usage | None, admit: bool) -> bool:
+    """Whether it may become a budget: a new spill must be admitted."""
+    known = budget or dict.fromkeys(ZERO, 0)
+    spills = any(found[key] > known[key] for key in ADMITTED)
+    return found["blocks"] > 0 and not found["atomic"] and (admit or not spills)
 
 
 def tighter(found: Usage, budget: Usage | None) -> Usage:

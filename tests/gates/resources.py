@@ -119,5 +119,6 @@ def _amd(compiled: Any) -> Usage:
     opcodes = re.findall(r"^\s+([a-z]\w+)", code, re.M)
     found = {"registers": field("vgpr_count"), "stack": field("private_segment_fixed_size")}
     found |= _count(opcodes, _AMD)
-    found["local"] += field("vgpr_spill_count") + field("sgpr_spill_count")
+    # scalar registers spill to lanes of vector registers, which are counted, or else to the stack
+    found["local"] += field("vgpr_spill_count")
     return found

@@ -14,6 +14,7 @@ from unittest import mock
 from bench.cases import Call, Case
 from iv2kernels import dispatch, tiles
 from tests.gates.compiling import ARCHS, Launch, compiling
+from tests.gates.measuring import cores, spread
 from tests.gates.resources import Usage, usage
 
 # Each with every alternative of the kernels that it launches.
@@ -43,12 +44,18 @@ def alternatives(case: Case, arch: str) -> Iterator[tuple[Case, Launch]]:
                     yield case, launch
 
 
-def complaint(case: Case, launch: Launch, arch: str, found: Usage) -> str | None:
+def measure(task: tuple[str, Case]) -> list[tuple[str, Usage]]:
+    """What a case launches on an architecture beside the default, by name."""
+    arch, case = task
+    return [(launch.name, usage(arch, launch.compiled)) for _, launch in alternatives(case, arch)]
+
+
+def complaint(case: Case, kernel: str, arch: str, found: Usage) -> str | None:
     """None for a tile that may stay."""
     if not found["local"] and not found["stack"]:
         return None
     return (
-        f"{case.name}, {arch}: {launch.name} must not spill, got {found['stack']} bytes of stack "
+        f"{case.name}, {arch}: {kernel} must not spill, got {found['stack']} bytes of stack "
         f"and {found['local']} accesses to them"
     )
 
@@ -59,20 +66,19 @@ def main(given: Sequence[str] | None = None) -> int:
     ops = sorted({case.op for case in CASES})
     parser.add_argument("ops", nargs="*", choices=[*ops, []], default=[])
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=["sm_80", "sm_90"])
+    parser.add_argument("--jobs", type=int, default=cores(), help="cases at a time")
     options = parser.parse_args(given)
+    chosen = [case for case in CASES if not options.ops or case.op in options.ops]
+    tasks = [(arch, case) for arch in options.arch for case in chosen]
     wrong = []
-    for arch in options.arch:
-        for case in CASES:
-            if options.ops and case.op not in options.ops:
-                continue
-            for _, launch in alternatives(case, arch):
-                found = usage(arch, launch.compiled)
-                print(
-                    f"{case.name:52s} {arch:6s} {launch.name[-100:]:100s} w{found['warps']} "
-                    f"{found['registers']:4d} {found['shared']:7d} {found['local']:5d}",
-                    flush=True,
-                )
-                wrong.append(complaint(case, launch, arch, found))
+    for (arch, case), kernels in spread(measure, tasks, options.jobs):
+        for kernel, found in kernels:
+            print(
+                f"{case.name:52s} {arch:6s} {kernel[-100:]:100s} w{found['warps']} "
+                f"{found['registers']:4d} {found['shared']:7d} {found['local']:5d}",
+                flush=True,
+            )
+            wrong.append(complaint(case, kernel, arch, found))
     wrong = [text for text in wrong if text]
     print("\n".join(wrong))
     return min(len(wrong), 1)

@@ -67,6 +67,38 @@ def test_a_kernel_that_takes_more_is_seen_and_a_budget_only_tightens(key, worse)
     assert gate.tighter(bad, None) == bad
 
 
+def test_the_gate_tells_kernel_architecture_figure_and_budget(monkeypatch, capsys):
+    name, kernel = "masks draw_kernel<float>, sm_90a", "draw_kernel<float>"
+
+    def judged(found, known, *arguments):
+        saved = []
+        monkeypatch.setattr(gate, "load", lambda: ("13.0", known))
+        monkeypatch.setattr(gate, "save", lambda version, budgets: saved.append(budgets))
+        monkeypatch.setattr(gate, "measure", lambda task: list(found.items()))
+        monkeypatch.setattr(gate, "tool", lambda name: name)
+        monkeypatch.setattr(gate, "run", lambda *command: "release 13.0, V13.0.1")
+        status = gate.main(["masks", "--arch", "sm_90a", *arguments])
+        lines = [li for li in capsys.readouterr().out.splitlines() if ", sm_90a: " in li]
+        return status, lines, saved
+
+    assert judged({kernel: GOOD}, {name: GOOD}) == (0, [], [])
+    for key, got, told in (
+        ("registers", 65, "registers must be at most 64, got 65"),
+        ("local", 2, "local must be 0, got 2"),
+        ("stack", 8, "stack must be 0, got 8"),
+        ("tensor", 0, "tensor must be at least 16, got 0"),
+    ):
+        status, lines, _ = judged({kernel: GOOD | {key: got}}, {name: GOOD})
+        assert (status, lines) == (1, [f"{name}: {told}"])
+    status, lines, _ = judged({kernel: GOOD}, {})
+    assert (status, lines) == (1, [f"{name}: has no budget; run with --tighten to take it"])
+    other = {"masks k, sm_80": GOOD, "masks_2 k, sm_90a": GOOD}
+    status, lines, _ = judged({}, other | {name: GOOD})
+    assert (status, lines) == (1, [f"{name}: has a budget, but no kernel"])
+    taken = judged({kernel: GOOD}, other | {"masks old, sm_90a": GOOD}, "--tighten")
+    assert taken == (0, [], [other | {name: GOOD}])
+
+
 def test_budgets_are_one_line_each(tmp_path):
     path = tmp_path / "budgets.json"
     gate.save("13.0", {"b, sm_90a": GOOD, "a, sm_80": GOOD}, path)
