@@ -51,8 +51,17 @@ def stream(clips: list[Sample], threads: int, clip: ClipConfig = CLIP, **options
     return Batches(VideoDataset(clips, clip, **options), 4)
 
 
+_OTHERS: set[threading.Thread] = set()  # of streams that earlier tests have not dropped
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    _OTHERS.clear()
+    _OTHERS.update(threading.enumerate())
+
+
 def readers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith(NAME)]
+    return [t for t in threading.enumerate() if t.name.startswith(NAME) and t not in _OTHERS]
 
 
 @pytest.mark.parametrize("cache", [0, 200_000, 10**7])
