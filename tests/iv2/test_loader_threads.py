@@ -21,7 +21,7 @@ from iv2.data.clips import Sample, read_list
 from iv2.data.dataset import ClipConfig, VideoDataset
 from iv2.data.loader import Batches
 from iv2.data.synthetic import write_toyworld
-from iv2.data.transforms import CropConfig
+from iv2.data.transforms import CropConfig, look
 
 CLIP = ClipConfig(
     num_frames=4, crop=CropConfig(size=16), sound=SoundConfig(seconds=0.5, num_frames=48)
@@ -85,7 +85,7 @@ def test_clips_are_read_side_by_side_and_computed_here(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meeting, computed = threading.Barrier(2, timeout=20), []
-    fetch, look = VideoDataset.fetch, dataset_module.look
+    fetch = VideoDataset.fetch
 
     def met(self: VideoDataset, epoch: int, index: int) -> dict[str, Any]:
         meeting.wait()  # for another clip, which one thread would never read
