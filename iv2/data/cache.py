@@ -2,7 +2,6 @@
 
 import mmap
 import multiprocessing
-import threading
 from typing import Any
 
 import numpy as np
@@ -53,21 +52,16 @@ class FrameCache:
 
 
 class SoundCache:
-    """Sounds of this process as 16-bit numbers, as many as fit; its threads share it."""
+    """Sounds of this process as 16-bit numbers, as many as fit."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = self._left = max_bytes
+        self._left = max_bytes
         self._waves: dict[int, Tensor] = {}
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SoundCache, (self._max_bytes,)
 
     def get(self, index: int) -> Tensor | None:  # int16 [samples]
         return self._waves.get(index)
 
     def put(self, index: int, wave: Tensor) -> None:
-        with self._lock:
-            if index not in self._waves and 2 * len(wave) <= self._left:
-                self._left -= 2 * len(wave)
-                self._waves[index] = wave
+        if 2 * len(wave) <= self._left:
+            self._left -= 2 * len(wave)
+            self._waves[index] = wave

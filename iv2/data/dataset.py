@@ -187,18 +187,6 @@ class VideoDataset:
         Raises:
             RuntimeError: too many clips in a row cannot be read.
         """
-        return self.show(self.fetch(epoch, index))
-
-    def fetch(self, epoch: int, index: int) -> dict[str, Any]:
-        """What of `load` reads files and draws; several threads may fetch at once.
-
-        Returns:
-            As `load`, but frames uint8 [T, H, W, 3] and view (None with tiles) in place of video,
-            and wave int16 [samples] in place of fbank.
-
-        Raises:
-            RuntimeError: too many clips in a row cannot be read.
-        """
         key = sample_key(self.seed, epoch, index)
         skipped: list[tuple[int, str, str]] = []
         chosen = index
@@ -229,31 +217,6 @@ class VideoDataset:
             f"{skipped[-1][2]}"
         )
 
-    def show(self, item: dict[str, Any]) -> dict[str, Any]:
-        """What of `load` computes: a sample that was fetched, with its video and fbank."""
-        if "frames" in item:
-            frames, view = item.pop("frames"), item.pop("view")
-            if view is None:
-                assert self.config.tiles is not None
-                item["video"] = tiles(frames, self.config.tiles, self.config.crop.size)
-            else:
-                dtype = torch.float32 if self.config.normalise else torch.uint8
-                item["video"] = look(frames, view, dtype=dtype)
-        if "wave" in item:
-            assert self.config.sound is not None
-            item["fbank"] = fbank(item.pop("wave").float() / 2**15, self.config.sound)
-        return item
-
-    def kept(self, index: int) -> bool:
-        """Whether nothing of a sample has to be read from its file any more."""
-        clip = self._clips[index]
-        if self.encoded:
-            return False
-        seen = self.kind in ("audio", "text") or (
-            self._cache is not None and self._cache.get(clip) is not None
-        )
-        return seen and (not self.kind.startswith("audio") or self._sounds.get(clip) is not None)
-
     def replace(self, item: dict[str, Any], reason: str) -> dict[str, Any]:
         """What takes the place of a sample that turns out to be broken."""
         self._bad[item["sample_id"]] = reason
@@ -267,15 +230,12 @@ class VideoDataset:
         if self.encoded:
             media["clip"] = self._undecoded(index, rng)
         elif self.kind not in ("audio", "text"):
-            frames = self._frames(index, rng)
-            height, width = frames.shape[1:3]
-            view = None if self.config.tiles else self._view(index, height, width, rng)
-            media |= {"frames": frames, "view": view}
+            media["video"] = self._look(index, rng)
         if self.kind.startswith("audio"):
-            media["wave"] = self._wave(index, rng)
+            media["fbank"] = self._listen(index, rng)
         return media
 
-    def _wave(self, index: int, rng: np.random.Generator) -> Tensor:  # int16 [samples]
+    def _listen(self, index: int, rng: np.random.Generator) -> Tensor:  # [F, bins]
         sample, config = self.samples[index], self.config.sound
         assert config is not None
         wave = self._sounds.get(self._clips[index])
@@ -285,11 +245,16 @@ class VideoDataset:
                 raise DecodeError(sample.path, "no sound")
             wave = sixteen_bits(found)  # cached or not
             self._sounds.put(self._clips[index], wave)
-        return cut(wave, config, rng if self.config.random else None)
+        wave = cut(wave, config, rng if self.config.random else None)
+        return fbank(wave.float() / 2**15, config)
 
-    def _frames(self, index: int, rng: np.random.Generator) -> Tensor:  # [T, H, W, 3]
+    def _look(self, index: int, rng: np.random.Generator) -> Tensor:
         frames = self._cache.get(self._clips[index]) if self._cache else None
-        return self._decode(index, rng) if frames is None else frames[self._numbers(frames, rng)]
+        frames = self._decode(index, rng) if frames is None else frames[self._numbers(frames, rng)]
+        if self.config.tiles:
+            return tiles(frames, self.config.tiles, self.config.crop.size)
+        view = self._view(index, frames.shape[1], frames.shape[2], rng)
+        return look(frames, view, dtype=torch.float32 if self.config.normalise else torch.uint8)
 
     def _view(self, index: int, height: int, width: int, rng: np.random.Generator) -> View:
         # The released code does not mirror Something-Something either: it tells left from right.
@@ -307,7 +272,7 @@ class VideoDataset:
         return whole[self._numbers(whole, rng)]
 
     def _undecoded(self, index: int, rng: np.random.Generator) -> dali.Clip:
-        """The file and what is to be shown of it, the draws being those of `_read`."""
+        """The file and what is to be shown of it, the draws being those of `_look`."""
         with Video(self.samples[index].path) as video:
             low, high = self._range(index, video)
             numbers = [low + i for i in self._numbers(high - low, rng)]

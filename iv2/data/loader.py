@@ -15,10 +15,6 @@ thread, where neither PyTorch nor the kernels enter a parallel region. Two batch
 loaded ahead of the one asked for, and no more, which bounds the memory. DALI decodes in the process
 that asks for the batches, what the workers have read and checked.
 
-Without workers nothing is loaded ahead. What of a batch is not in memory is then read by as many
-threads as PyTorch has, for FFmpeg decodes without Python's lock; what enters kernels stays in the
-thread that asks.
-
 Batches for a GPU come from pinned memory, each copied while the one before is used; the position
 is that of what was given.
 """
@@ -26,11 +22,9 @@ is that of what was given.
 import ctypes
 import hashlib
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +76,7 @@ class Batches(Iterator[dict[str, Any]]):
             batch_size: Samples in a batch of this rank.
             rank: Of this process.
             world: Number of processes.
-            num_workers: Worker processes; 0 loads in this one, with PyTorch's number of threads.
+            num_workers: Worker processes; 0 loads in this one.
             epochs: Passes over the data, the last batch cut short; None: endless.
             shuffle: Draw the order of each epoch; False keeps the list's.
             max_bad_fraction: Share of unreadable clips above which the run is stopped.
@@ -178,9 +172,7 @@ class Batches(Iterator[dict[str, Any]]):
         dataset, device = self.dataset, self.dataset.device
         collate = Collate(dataset.kind, labelled=dataset.labelled, tiled=bool(dataset.config.tiles))
         loader: DataLoader[Any] = DataLoader(
-            _Keyed(
-                dataset, 1 if self.num_workers else min(torch.get_num_threads(), self.batch_size)
-            ),
+            _Keyed(dataset),
             batch_sampler=_Requests(self),
             num_workers=self.num_workers,
             collate_fn=list if dataset.encoded else collate,
@@ -270,47 +262,26 @@ def _unless_broken(dataset: VideoDataset, item: dict[str, Any]) -> dict[str, Any
 
 
 class _Keyed(Dataset[dict[str, Any]]):
-    def __init__(self, dataset: VideoDataset, threads: int) -> None:
-        self._dataset, self._threads = dataset, threads
-        self._readers: ThreadPoolExecutor | None = None
+    def __init__(self, dataset: VideoDataset) -> None:
+        self._dataset = dataset
 
-    def __getitems__(self, requests: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        dataset = self._dataset
-        if self._threads == 1 or all(dataset.kept(index) for _, index in requests):
-            return [dataset.load(*request) for request in requests]
-        self._readers = self._readers or _single_threads(self._threads)
-        fetched = self._readers.map(lambda request: dataset.fetch(*request), requests)
-        return [dataset.show(item) for item in fetched]
+    def __getitem__(self, request: tuple[int, int]) -> dict[str, Any]:
+        return self._dataset.load(*request)
 
 
-def _single_threads(count: int) -> ThreadPoolExecutor:
-    """A pool whose threads do not each open a team of OpenMP threads for a copy."""
-    started, before = threading.Barrier(count), torch.get_num_threads()
-
-    def start() -> None:
-        torch.get_num_threads()  # at first asking, a thread takes the number of the process
-        torch.set_num_threads(1)  # this thread's, and that of threads to come
-
-    pool = ThreadPoolExecutor(count, "iv2-read", start)
-    for _ in pool.map(lambda _: started.wait(), range(count)):
-        pass
-    torch.set_num_threads(before)  # this thread had it all along, threads to come have it again
-    return pool
+_M_MMAP_THRESHOLD = -3  # in malloc.h
 
 
 def _own_memory(worker: int) -> None:
     """In a worker, memory of their own for large tensors, which goes back when they are freed.
 
-    glibc before 2.38 does not find a freed aligned block again for another one of its size: the
-    heap of a worker grew by some thirty batches.
+    Some versions of glibc (2.36 is one) do not find a freed aligned block again for another one of
+    its size: the heap of a worker grew by some thirty batches.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):  # not in musl
             libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-_M_MMAP_THRESHOLD = -3  # in malloc.h
 
 
 def _digest(samples: list[Sample]) -> str:
