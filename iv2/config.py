@@ -33,9 +33,7 @@ class SourceConfig:
     num_frames: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("weight", "num_frames"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"SourceConfig: {name} must be >= 0, got {getattr(self, name)}")
+        _not_negative(self, "weight", "num_frames")
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         scales = (f"{part}_lr_scale" for part in ("vision", "audio", "lm"))
         _positive(self, "lr", "accumulate", "layer_decay", *scales)
-        if self.muon_lr_scale < 0:
-            raise ValueError(f"OptimConfig: muon_lr_scale must be >= 0, got {self.muon_lr_scale}")
+        _not_negative(self, "muon_lr_scale")
         if not self.steps and self.epochs <= 0:
             raise ValueError(f"OptimConfig: epochs must be positive, got {self.epochs}")
 
@@ -147,10 +144,7 @@ class Stage1Config:
 
     def __post_init__(self) -> None:
         _positive(self, "num_masks")
-        if self.teacher_cache_bytes < 0:
-            raise ValueError(
-                f"Stage1Config: teacher_cache_bytes must be >= 0, got {self.teacher_cache_bytes}"
-            )
+        _not_negative(self, "teacher_cache_bytes")
         if not 0 <= self.mask_ratio < 1:
             raise ValueError(f"Stage1Config: mask_ratio must be in [0, 1), got {self.mask_ratio}")
         if not (self.clip_teacher or self.mae_teacher):
@@ -308,9 +302,7 @@ class Stage3Config:
     chat_init: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("skip_blocks", "tiles"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Stage3Config: {name} must be >= 0, got {getattr(self, name)}")
+        _not_negative(self, "skip_blocks", "tiles")
         _positive(self, "max_tokens")
 
 
@@ -413,6 +405,13 @@ def _positive(config: Any, *names: str) -> None:
         if not getattr(config, name) > 0:
             kind = type(config).__name__
             raise ValueError(f"{kind}: {name} must be positive, got {getattr(config, name)}")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            kind = type(config).__name__
+            raise ValueError(f"{kind}: {name} must be >= 0, got {getattr(config, name)}")
 
 
 def to_json(config: TrainConfig) -> str:

@@ -1,9 +1,9 @@
 """The one training loop: any stage whose ``forward(batch)`` gives named losses.
 
-A step is: batch, losses, weighted sum, backward, clip, AdamW; then a JSON line and, every so often,
-a checkpoint. All state of a run is in the checkpoint, so a killed run goes on bitwise as if it had
-not been; log lines after the checkpoint are dropped and written anew. It may go on in another
-number of processes with the very same samples in each step, if a step has as many.
+A step is: batch, losses, weighted sum, backward, clip, update; then a JSON line and, every so
+often, a checkpoint. All state of a run is in the checkpoint, so a killed run goes on bitwise as if
+it had not been; log lines after the checkpoint are dropped and written anew. It may go on in
+another number of processes with the very same samples in each step, if a step has as many.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
             return Tiles(tile if width <= 64 else Tile(32, 16, 8, 2), tile, tile)
         return Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 2), Tile(16, 16, 8, 1))
     if width <= 64:
-        dkdv = Tile(64, 32, 4, 2) if _operands_in_registers() else Tile(64, 64, 4, 2)
+        dkdv = Tile(64, 32 if _operands_in_registers() else 64, 4, 2)
         return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), dkdv)
     if width <= 128:
         dkdv = Tile(64, 32, 4, 2)

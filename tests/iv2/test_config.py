@@ -71,6 +71,7 @@ def test_broken_json_names_the_file(tmp_path):
         (lambda: OptimConfig(lr=0), "OptimConfig: lr must be positive, got 0"),
         (lambda: OptimConfig(epochs=0), "OptimConfig: epochs must be positive, got 0"),
         (lambda: OptimConfig(accumulate=0), "OptimConfig: accumulate must be positive, got 0"),
+        (lambda: OptimConfig(muon_lr_scale=-1), "OptimConfig: muon_lr_scale must be >= 0, got -1"),
         (lambda: Stage1Config(mask_ratio=1), r"mask_ratio must be in \[0, 1\), got 1"),
         (lambda: Stage1Config(num_masks=0), "num_masks must be positive, got 0"),
         (lambda: Stage1Config(clip_teacher="", mae_teacher=""), "must be given, got neither"),

@@ -98,6 +98,14 @@ def test_orthogonal_has_the_directions_and_even_singular_values(shape):
     assert values[s > 0.1 * s.amax(-1, keepdim=True)].min() > 0.65
 
 
+def test_orthogonal_lifts_what_is_a_hundredth_of_the_largest():
+    draws = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, v = torch.linalg.qr(draws).Q
+    values = torch.linalg.svdvals(orthogonal(u * torch.logspace(0, -2, 16) @ v).double())
+    assert values.min() > 0.65
+    assert values.max() < 1.25
+
+
 class Blocks(nn.Module):
     """A model whose names are those of an encoder."""
 
@@ -121,33 +129,44 @@ def make(dtype, muon_lr_scale=0.0):
     return model, Optimizer(groups, betas=(0.9, 0.98), eps=1e-6)
 
 
+def torch_adamw(parameters):
+    """At the rate, betas and decays of ``make``."""
+    weights, rest = ([p for p in parameters if (p.dim() > 1) == wide] for wide in (True, False))
+    return torch.optim.AdamW(
+        [{"params": weights, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=1e-2,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+    )
+
+
+def assert_alike(model, ours, other, theirs):
+    """Five steps with clipped gradients: the same norms and weights."""
+    for step in range(5):
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+        for m in (model, other):
+            m(x).square().mean().backward()
+        ours.collect()
+        norm = ours.clip(0.5)
+        theirs_norm = nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+        torch.testing.assert_close(norm, theirs_norm)
+        ours.step(1e-2)
+        for optimizer in theirs:
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_muon_is_torchs_but_for_its_precision(monkeypatch):
     """torch's iterates in bfloat16, here in float32."""
     monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", lambda grad, *_: orthogonal(grad))
     model, ours = make(torch.float32, muon_lr_scale=2.0)
     other, _ = make(torch.float32)
     matrices = [block.weight for block in other.blocks]
-    rest = [p for p in other.parameters() if all(p is not m for m in matrices)]
     muon = torch.optim.Muon(matrices, lr=2e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        lr=1e-2,
-        betas=(0.9, 0.98),
-        eps=1e-6,
-    )
-    for step in range(3):
-        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
-        for m in (model, other):
-            m(x).square().mean().backward()
-        ours.step(1e-2)
-        for optimizer in (muon, adamw):
-            optimizer.step()
-            optimizer.zero_grad()
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+    rest = [p for p in other.parameters() if all(p is not m for m in matrices)]
+    assert_alike(model, ours, other, [muon, torch_adamw(rest)])
 
 
 def test_a_matrix_without_gradient_stays():
@@ -165,27 +184,7 @@ def test_a_matrix_without_gradient_stays():
 def test_float32_equals_torch():
     model, ours = make(torch.float32)
     other, _ = make(torch.float32)
-    weights = [p for p in other.parameters() if p.dim() > 1]
-    rest = [p for p in other.parameters() if p.dim() == 1]
-    theirs = torch.optim.AdamW(
-        [{"params": weights, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=1e-2,
-        betas=(0.9, 0.98),
-        eps=1e-6,
-    )
-    for step in range(5):
-        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
-        for m in (model, other):
-            m(x).square().mean().backward()
-        ours.collect()
-        norm = ours.clip(0.5)
-        theirs_norm = nn.utils.clip_grad_norm_(other.parameters(), 0.5)
-        torch.testing.assert_close(norm, theirs_norm)
-        ours.step(1e-2)
-        theirs.step()
-        theirs.zero_grad()
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+    assert_alike(model, ours, other, [torch_adamw(list(other.parameters()))])
 
 
 def test_masters_keep_what_bfloat16_cannot():

@@ -73,6 +73,8 @@ def test_killed_run_goes_on_bitwise(tmp_path, muon_lr_scale):
     assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5, 6]
     ends = [load_training_checkpoint(latest_checkpoint(d)) for d in (straight, killed)]
     assert_same(*(end | {"config": None} for end in ends))
+    moments = ends[0]["optimizer"]["moments"]["blocks.0.attn.qkv.weight"]
+    assert ("momentum" in moments) == (muon_lr_scale > 0)
     assert_same(*(read_weights(d / "model.safetensors") for d in (straight, killed)))
 
 
